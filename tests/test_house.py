@@ -1,0 +1,80 @@
+"What users and readers rely on around the code: settings, commands, notebooks, README, and the order of the modules"
+import ast, json, os, re, shutil, subprocess, sys
+from configparser import ConfigParser
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import revvit
+
+root = Path(__file__).resolve().parent.parent
+parser = ConfigParser(delimiters=['='])
+parser.read(root/'settings.ini', encoding='utf8')
+settings = parser['DEFAULT']
+order = 'coupling engine testing layers vit mvit checkpoints images videos training benchmark cli'.split()
+notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+numbered = [p for p in notebooks if re.match(r'\d\d_', p.name) and p.parent.name == 'nbs']
+modules = [p for p in sorted((root/'revvit').glob('*.py')) if not p.name.startswith('_')]
+name = lambda p: p.relative_to(root).as_posix()
+
+def cells(path, kind):
+    "Source and outputs of the cells of one kind"
+    return [(''.join(c['source']), c.get('outputs', [])) for c in json.loads(path.read_text(encoding='utf8'))['cells'] if c['cell_type'] == kind]
+
+def test_version(): assert revvit.__version__ == settings['version']
+
+@pytest.mark.parametrize('script', settings['console_scripts'].split())
+def test_console_script(script):
+    command,target = script.split('=')
+    module,function = target.split(':')
+    assert callable(getattr(import_module(module), function)), command
+
+@pytest.mark.parametrize('tool', [['check.py'], ['readme.py', '--check']], ids=' '.join)
+def test_generated_files_agree(tool):
+    "Modules come from notebooks and README.md from the index: nobody edited only one of the two"
+    run = subprocess.run([sys.executable, *tool], cwd=root/'tools', capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+@pytest.mark.parametrize('command', ['pip install . && revvit_train', "pip install -e '.[dev]' && nbdev_test && pytest"])
+def test_readme_has_the_two_commands(command): assert command in (root/'README.md').read_text(encoding='utf8')
+
+@pytest.mark.parametrize('path', numbered, ids=name)
+def test_number_and_module(path):
+    "Notebook NN_name makes revvit/name.py, and NN is its place in the reading order"
+    module = path.stem[3:]
+    assert module in order and path.stem == f'{order.index(module):02}_{module}'
+    assert f'#| default_exp {module}' in [src.strip() for src,_ in cells(path, 'code')]
+    assert (root/'revvit'/f'{module}.py').exists()
+
+@pytest.mark.parametrize('path', modules, ids=name)
+def test_imports_only_lower_numbers(path):
+    "Reading order is import order: a module uses only modules that a reader has already met"
+    tree = ast.parse(path.read_text(encoding='utf8'))
+    used = [o.module for o in ast.walk(tree) if isinstance(o, ast.ImportFrom) and o.level == 1 and o.module]
+    later = [o for o in used if order.index(o) >= order.index(path.stem)]
+    assert not later, f'{path.name} imports {later}'
+
+@pytest.mark.parametrize('path', notebooks, ids=name)
+def test_notebook_as_read_on_the_web(path):
+    "Outputs are stored, none is an error, nothing tells of the machine it ran on, and it opens quickly"
+    code,text = cells(path, 'code'),path.read_text(encoding='utf8')
+    outs = [o for _,out in code for o in out]
+    assert outs, 'no stored output: run the notebook and commit what it shows'
+    assert not [o for o in outs if o['output_type'] == 'error']
+    assert not [o for o in outs if o.get('name') == 'stderr'], 'a stored warning or progress bar'
+    words = re.sub(r'"image/png": "[^"]*"', '', text) # without pictures, whose letters spell anything
+    assert not re.findall(r'(?:/(?:home|root|tmp|Users|work|private)/|[A-Z]:\\\\Users)\w*', words)
+    assert len(text) < 300_000, f'{len(text)/1000:.0f} kB'
+
+@pytest.mark.parametrize('path', numbered, ids=name)
+def test_exported_cells_are_short(path):
+    long = [src.splitlines()[1] for src,_ in cells(path, 'code') if re.match(r'#\|\s*export', src) and sum(bool(l.strip()) for l in src.splitlines()) > 41]
+    assert not long, f'more than 40 lines: {long}'
+
+def test_site_can_be_prepared(tmp_path):
+    "For the site nbdev runs the exported cells and every cell with an import, nothing else: such a cell has to work without the others"
+    shutil.copytree(root/'nbs', tmp_path/'nbs')
+    shutil.copy(root/'settings.ini', tmp_path)
+    run = subprocess.run([sys.executable, '-c', 'from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)'], cwd=tmp_path,
+                         env={**os.environ, 'PYTHONPATH': str(root)}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
