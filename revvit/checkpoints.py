@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CheckpointError', 'read_checkpoint', 'save_checkpoint', 'LoadReport', 'load_checkpoint', 'load_model']
 
-# %% ../nbs/06_checkpoints.ipynb #d2143b0d
+# %% ../nbs/06_checkpoints.ipynb #45582260
 import hashlib, os, platform, re, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ from timm.data import resolve_data_config
 from timm.layers import to_2tuple
 from .vit import RevViT, _grid_of, _unwrap, checkpoint_filter_fn
 
-# %% ../nbs/06_checkpoints.ipynb #fee59617
+# %% ../nbs/06_checkpoints.ipynb #6811e623
 class CheckpointError(ValueError):
     "A checkpoint that cannot be read, does not fit, or cannot be written"
 
@@ -30,7 +30,7 @@ def _reason(
     if start.startswith(b'version https://git-lfs'): return "it is a Git LFS pointer, not the weights themselves"
     return "it is damaged or incomplete" if start.startswith(b'PK') else "it is not a PyTorch checkpoint, or it is damaged"
 
-# %% ../nbs/06_checkpoints.ipynb #2557702c
+# %% ../nbs/06_checkpoints.ipynb #f928ea0c
 _MARK = b'revvit sha256 '
 
 def _digest(f, end):
@@ -53,7 +53,7 @@ def _seal(f):
     f.seek(end)
     f.write(digest)
 
-# %% ../nbs/06_checkpoints.ipynb #3f94be4e
+# %% ../nbs/06_checkpoints.ipynb #0889c7b7
 def _sealed(
     f, # Open file
 )->bool: # Whether it ends with a seal
@@ -65,7 +65,7 @@ def _sealed(
     if _digest(f, size-64)!=end[len(_MARK):]: raise CheckpointError("its contents do not match its digest: it was damaged or changed")
     return True
 
-# %% ../nbs/06_checkpoints.ipynb #7fc3375d
+# %% ../nbs/06_checkpoints.ipynb #3d5bac85
 def read_checkpoint(
     path, # Published or own checkpoint
 )->dict: # What it holds: tensors, numbers, text, lists, dictionaries
@@ -86,7 +86,7 @@ def read_checkpoint(
     if content.get('format')=='revvit' and not sealed: raise CheckpointError(f"cannot read {path}: it has lost the digest it was written with")
     return content
 
-# %% ../nbs/06_checkpoints.ipynb #c0193ae8
+# %% ../nbs/06_checkpoints.ipynb #ae44e620
 def _input_settings(
     model, # For the image size it was built for, and timm's `pretrained_cfg` where it has one
     changes:dict, # Entries that replace those of the configuration
@@ -98,7 +98,7 @@ def _input_settings(
     if strange: raise ValueError(f"unknown input settings {sorted(strange)}: expected some of {sorted(settings)}")
     return {**settings, **changes}
 
-# %% ../nbs/06_checkpoints.ipynb #bcfe28c0
+# %% ../nbs/06_checkpoints.ipynb #225388d6
 def _gone(pid):
     "Is there certainly no such process on this machine?"
     if os.name!='posix': return False   # elsewhere signal 0 is no harmless question
@@ -115,7 +115,7 @@ def _temporary(path):
         if o.name.startswith(head) and pid.isdigit() and _gone(int(pid)): o.unlink(missing_ok=True)
     return path.with_name(f'{head}{os.getpid()}.tmp')
 
-# %% ../nbs/06_checkpoints.ipynb #1c116df7
+# %% ../nbs/06_checkpoints.ipynb #522844ff
 def _write(
     path:Path, # Replaced in one step
     content:dict, # Tensors, numbers, text, lists, dictionaries
@@ -136,7 +136,7 @@ def _write(
     except Exception as e: raise CheckpointError(f"cannot write {path}: {str(e).splitlines()[0]} (is there room on the disk?)") from e
     finally: new.unlink(missing_ok=True)
 
-# %% ../nbs/06_checkpoints.ipynb #4e3925b7
+# %% ../nbs/06_checkpoints.ipynb #cf1a9835
 def save_checkpoint(
     model:RevViT, # Its tensors and how to build it
     path, # File to write, or to replace in one step; folders on the way are made
@@ -158,7 +158,7 @@ def _make_folder(folder):
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise CheckpointError(f"cannot make the folder {folder}: {e.strerror}") from e
 
-# %% ../nbs/06_checkpoints.ipynb #8d288961
+# %% ../nbs/06_checkpoints.ipynb #0c774880
 @dataclass
 class LoadReport:
     "What of a file went into a model; names are the model's"
@@ -181,7 +181,7 @@ class LoadReport:
         rest = self.problems()
         return f"loaded {len(self.loaded)} tensors, {self.share:.1%} of the model, from {self.path}{pos}{'; ' + rest if rest else ''}"
 
-# %% ../nbs/06_checkpoints.ipynb #b941731e
+# %% ../nbs/06_checkpoints.ipynb #f5f242bd
 def _compare(path, tensors, model):
     "Report of what of `tensors` would fit into `model`"
     want = model.state_dict()
@@ -190,7 +190,7 @@ def _compare(path, tensors, model):
     return LoadReport(str(path), share, loaded, [k for k in want if k not in tensors], [k for k in tensors if k not in want],
         [(k, tuple(tensors[k].shape), tuple(want[k].shape)) for k in want if k in tensors and k not in loaded])
 
-# %% ../nbs/06_checkpoints.ipynb #0e21e301
+# %% ../nbs/06_checkpoints.ipynb #17f251a8
 def load_checkpoint(
     model:RevViT, # Filled in place, or left as it was on an error
     path, # SlowFast's `.pyth`, mmpretrain's `.pth`, our own, or a saved `state_dict`
@@ -214,7 +214,7 @@ def _fill(model, content, path, strict=True):
     model.load_state_dict({k:tensors[k] for k in report.loaded}, strict=False)
     return report
 
-# %% ../nbs/06_checkpoints.ipynb #e235257f
+# %% ../nbs/06_checkpoints.ipynb #d3798b0f
 _kinds = {'RevViT': RevViT}
 
 def load_model(

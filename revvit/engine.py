@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['chunk_size', 'ReversibleBlock', 'ReversibleSequence']
 
-# %% ../nbs/01_engine.ipynb #6b9bf321
+# %% ../nbs/01_engine.ipynb #c3532a7b
 import torch
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.func import functional_call
 from .coupling import _alike, _checked, couple, uncouple
 
-# %% ../nbs/01_engine.ipynb #5f45710a
+# %% ../nbs/01_engine.ipynb #fbac46f9
 def _rng(device):
     "States of the generators that a computation on `device` may draw from"
     args = () if device.type=='mps' else (device,)
@@ -31,14 +31,14 @@ def _set_rng(device, states):
 
 def _drew(device, before): return not all(torch.equal(a, b) for a,b in zip(before, _rng(device)))
 
-# %% ../nbs/01_engine.ipynb #47194f80
+# %% ../nbs/01_engine.ipynb #dc3bf290
 def _autocast(device):
     "A maker of contexts that enter autocast as it is now"
     t = device.type
     if not torch.amp.is_autocast_available(t): return nullcontext
     return partial(torch.autocast, t, torch.get_autocast_dtype(t), torch.is_autocast_enabled(t), False)
 
-# %% ../nbs/01_engine.ipynb #45986ebd
+# %% ../nbs/01_engine.ipynb #239caf82
 def chunk_size(
     x:torch.Tensor, # A stream, images first and channels last
     rows:int|None=None, # Rows wanted at a time; by default 1,600 on a CPU and 16,384 elsewhere
@@ -47,27 +47,42 @@ def chunk_size(
     if rows is None: rows = 1600 if x.device.type=='cpu' else 16384
     return max(1, rows*x.shape[-1]*len(x)//max(1, x.numel()))
 
-# %% ../nbs/01_engine.ipynb #d93cf555
+# %% ../nbs/01_engine.ipynb #cef5e94b
+def _refuse(name, m):
+    "Refuse layers that a repeated pass on part of the batch would get wrong"
+    for n,o in m.named_modules():
+        stats = isinstance(o, nn.modules.batchnorm._BatchNorm) or getattr(o, 'track_running_stats', False)
+        power = any('SpectralNorm' in type(h).__name__ for h in (o, *o._forward_pre_hooks.values()))
+        if stats or power:
+            raise ValueError(f"{name} holds {'spectral norm' if power else type(o).__name__} ({n or 'itself'}), whose state changes in every forward pass: "
+                             "use a layer that treats each image alone, such as LayerNorm or GroupNorm")
+
+# %% ../nbs/01_engine.ipynb #a6fb478d
+def _state(t):
+    "What changes when the tensor `t` is written to, or given other memory"
+    return t.untyped_storage()._cdata,0 if t.is_inference() else t._version
+
 class _Call:
     "One call of `m` on some images, with what repeating it needs"
     def __init__(self, m, name, x, chunk=None, rows=None, scale=1.):
+        if m.training: _refuse(name, m)  # it, or a tail, may not have been seen before
         self.m,self.name,self.rows,self.scale = m,name,rows,scale
         self.device,self.chunk,self.rng = x.device,chunk or chunk_size(x),None
         self.autocast,self.modes = _autocast(x.device),[o.training for o in m.modules()]
         self.names,self.params = [n for n,_ in m.named_parameters()],list(m.parameters())
-        self.seen = [(n,t,t._version) for n,t in (*m.named_parameters(), *m.named_buffers())]
+        self.seen = [(n,t,_state(t)) for n,t in (*m.named_parameters(), *m.named_buffers())]
 
     def parts(self, n):
         "The images to work on, at most `chunk` at a time"
         if self.rows is not None: return self.rows.split(self.chunk)
         return [slice(i, min(n, i+self.chunk)) for i in range(0, max(n, 1), self.chunk)]
 
-# %% ../nbs/01_engine.ipynb #6e991e66
+# %% ../nbs/01_engine.ipynb #80f72470
 @patch
 def changed(self:_Call):
     "Name of a parameter or buffer that is no longer what it was, if any"
-    now = dict((*self.m.named_parameters(), *self.m.named_buffers()))
-    return next((n for n,t,v in self.seen if now.get(n) is not t or t._version!=v), None)
+    now = dict(self.m.named_buffers())
+    return next((n for n,t,v in self.seen if _state(t)!=v or now.get(n, t) is not t), None)
 
 @patch
 def check(self:_Call):
@@ -78,7 +93,7 @@ def check(self:_Call):
     if self.modes!=[o.training for o in self.m.modules()]:
         raise RuntimeError(f"{self.name} was switched between train() and eval() before backward: switch after it, or call set_reversible(False)")
 
-# %% ../nbs/01_engine.ipynb #42cc13b3
+# %% ../nbs/01_engine.ipynb #5e778a51
 def _take(xs, rows):
     "The images `rows` of each of `xs`, and how many they are; where there are none, the first image in their place"
     parts = [x[rows] for x in xs]
@@ -100,7 +115,7 @@ def scaled(self:_Call, o, n):
     o = o if n else o[:0]
     return o if self.scale==1 else o*self.scale
 
-# %% ../nbs/01_engine.ipynb #2e07352d
+# %% ../nbs/01_engine.ipynb #aaf7fc87
 @patch
 def each(self:_Call, *xs):
     "Yield images and the module's output for them, part by part"
@@ -118,8 +133,10 @@ def each(self:_Call, *xs):
         o = None  # free the last part's output before the next is computed
         o = self.run(xs, rows)
         yield rows,o
+    if self.rng is None and _drew(self.device, before):
+        raise RuntimeError(f"{self.name} drew random numbers for some images and not for the first: draw for all or none, or call set_reversible(False)")
 
-# %% ../nbs/01_engine.ipynb #2f7a5ec7
+# %% ../nbs/01_engine.ipynb #adaa235c
 @patch
 @contextmanager
 def replay(self:_Call):
@@ -131,7 +148,17 @@ def replay(self:_Call):
     finally:
         if now: _set_rng(self.device, now)
 
-# %% ../nbs/01_engine.ipynb #959995d9
+# %% ../nbs/01_engine.ipynb #705a9ce0
+def _stranger(o, known):
+    "A tensor that the gradient of `o` flows to and that is not in `known`, if any"
+    todo,seen,known = [o.grad_fn],set(),{id(k) for k in known}
+    while todo:
+        n = todo.pop()
+        if n is None or n in seen: continue
+        seen.add(n)
+        if hasattr(n, 'variable') and id(n.variable) not in known: return n.variable
+        todo += [u for u,_ in n.next_functions]
+
 @patch
 def vjp(self:_Call, xs, rows, d, params):
     "Output for the images `rows`, and gradients of the inputs and of the stand-ins `params`, for an output gradient `d`"
@@ -139,11 +166,14 @@ def vjp(self:_Call, xs, rows, d, params):
     leaves = [p.detach().requires_grad_() for p in parts]
     with self.replay(): o = self.scaled(functional_call(self.m, dict(zip(self.names, params)), tuple(leaves)), n)
     wanted = [*leaves, *(p for p in params if p.requires_grad)]
+    if (t:=_stranger(o, wanted)) is not None:
+        raise RuntimeError(f"{self.name} uses a tensor of shape {tuple(t.shape)} that needs a gradient, but is neither its input nor its parameter: "
+                           "make it a parameter, detach it, or call set_reversible(False)")
     grads = torch.autograd.grad(o, wanted, d.to(o.dtype), allow_unused=True) if o.requires_grad else [None]*len(wanted)
     it = iter(grads[len(xs):])
     return o.detach(),[g[:n] if g is not None else None for g in grads[:len(xs)]],[next(it) if p.requires_grad else None for p in params]
 
-# %% ../nbs/01_engine.ipynb #cf4ef12a
+# %% ../nbs/01_engine.ipynb #13ecbe8d
 def _own(g, taken):
     "`g`, or a copy if its memory serves other tensors (`taken`) or several of its own elements"
     s = g.untyped_storage()
@@ -156,7 +186,7 @@ def _sum(acc, new, taken):
     for i,g in enumerate(new):
         if g is not None: acc[i] = _own(g, taken) if acc[i] is None else acc[i].add_(g)
 
-# %% ../nbs/01_engine.ipynb #311ccaea
+# %% ../nbs/01_engine.ipynb #649868dd
 def _add_(x, rows, o, sign=1):
     "`x[rows] += sign*o` in place"
     if isinstance(rows, slice): x[rows].add_(o, alpha=sign)
@@ -176,16 +206,7 @@ def back_(self:_Call, dst, src, ddst, dsrc, needs):
         del o,gx,gp
     return acc
 
-# %% ../nbs/01_engine.ipynb #e233d658
-def _refuse(name, m):
-    "Refuse layers that a repeated pass on part of the batch would get wrong"
-    for n,o in m.named_modules():
-        stats = isinstance(o, nn.modules.batchnorm._BatchNorm) or getattr(o, 'track_running_stats', False)
-        power = any('SpectralNorm' in type(h).__name__ for h in (o, *o._forward_pre_hooks.values()))
-        if stats or power:
-            raise ValueError(f"{'.'.join(filter(None, (name, n)))} is a {type(o).__name__} {'with spectral norm ' if power else ''}whose state changes in every "
-                             "forward pass: use a layer that treats each image alone, such as LayerNorm or GroupNorm")
-
+# %% ../nbs/01_engine.ipynb #b1ab3c56
 class ReversibleBlock(nn.Module):
     "Two-stream residual block: `y1 = x1 + f(x2)`, then `y2 = x2 + g(y1)`"
     def __init__(self,
@@ -201,7 +222,7 @@ class ReversibleBlock(nn.Module):
 
     def extra_repr(self): return f'drop_path={self.drop_path}, shared_drop_path={self.shared_drop_path}'
 
-# %% ../nbs/01_engine.ipynb #81c96bb4
+# %% ../nbs/01_engine.ipynb #17eea4a9
 @patch
 def survivors(self:ReversibleBlock,
     x:torch.Tensor, # A stream, images first
@@ -212,7 +233,7 @@ def survivors(self:ReversibleBlock,
     rows = [k.nonzero().squeeze(1).to(x.device) for k in keep]
     return rows[0],rows[-1]
 
-# %% ../nbs/01_engine.ipynb #564d25d5
+# %% ../nbs/01_engine.ipynb #af7fce54
 class _Half:
     "`m` for the images `rows` and zero for the others"
     def __init__(self, m, rows, scale): self.m,self.rows,self.scale = m,rows,scale
@@ -228,7 +249,7 @@ def forward(self:ReversibleBlock, x1:torch.Tensor, x2:torch.Tensor):
     scale = 1/(1-self.drop_path)
     return couple(x1, x2, _Half(self.f, rf, scale), _Half(self.g, rg, scale))
 
-# %% ../nbs/01_engine.ipynb #79534654
+# %% ../nbs/01_engine.ipynb #b12736ca
 @patch
 def inverse(self:ReversibleBlock,
     y1:torch.Tensor, # First output
@@ -241,30 +262,30 @@ def inverse(self:ReversibleBlock,
         raise RuntimeError("drop path or dropout is on, and the inverse does not know what it drew: call eval() first")
     return xs
 
-# %% ../nbs/01_engine.ipynb #c0422b16
+# %% ../nbs/01_engine.ipynb #3fcebaf2
 class _Tape:
     "The two streams on their way back; one for each run forwards"
-    def __init__(self, params): self.params,self.y1,self.y2,self.fresh = params,None,None,[]
+    def __init__(self, fresh, params=()): self.fresh,self.params,self.y1,self.y2 = fresh,params,None,None
 
     def load(self, y1, y2):
         "Begin at the end of the run"
         if torch.is_grad_enabled(): raise RuntimeError("no double backward (create_graph=True) through a reversible run: call set_reversible(False) first")
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         self.y1,self.y2 = (y.detach().clone() if keep else y.detach() for y in (y1,y2))
-        self.fresh = [p for p in self.params if p.grad is None]
+        if self.params: self.fresh[:] = [p for p in self.params if p.is_leaf and p.grad is None]
 
-    def clear(self): self.y1,self.y2,self.fresh = None,None,[]
+    def clear(self): self.y1 = self.y2 = None
 
     @contextmanager
     def guard(self):
-        "Take back new gradients if something goes wrong"
+        "Take back new gradients if something goes wrong, an interrupt included"
         try: yield
-        except Exception:
+        except BaseException:
             for p in self.fresh: p.grad = None
             self.clear()
             raise
 
-# %% ../nbs/01_engine.ipynb #c9352e37
+# %% ../nbs/01_engine.ipynb #fc078117
 class _Enter(Function):
     "Start of a run: streams of its own"
     @staticmethod
@@ -295,7 +316,7 @@ class _Block(Function):
         if not any(ctx.needs_input_grad[:2]): t.clear()
         return d1,d2,None,None,None,*gf,*gg
 
-# %% ../nbs/01_engine.ipynb #be7cdb48
+# %% ../nbs/01_engine.ipynb #ff0f3bda
 class _Exit(Function):
     "End of a run: all that is kept"
     @staticmethod
@@ -308,7 +329,7 @@ class _Exit(Function):
         ctx.tape.load(*ctx.saved_tensors)
         return *(d.clone(memory_format=torch.contiguous_format) for d in (d1,d2)),None
 
-# %% ../nbs/01_engine.ipynb #8919ad84
+# %% ../nbs/01_engine.ipynb #220af844
 class _Tail(Function):
     "End of a run through a module of both streams"
     @staticmethod
@@ -341,7 +362,7 @@ def _tail_back(call, y1, y2, d, needs):
         del gs,gp
     return d1,d2,acc
 
-# %% ../nbs/01_engine.ipynb #62de4224
+# %% ../nbs/01_engine.ipynb #399965d9
 class ReversibleSequence(nn.ModuleList):
     "Blocks one after another, their activations rebuilt instead of stored"
     def __init__(self,
@@ -363,40 +384,46 @@ class ReversibleSequence(nn.ModuleList):
         if isinstance(i, slice): part.chunk,part.reversible = self.chunk,self.reversible
         return part
 
-# %% ../nbs/01_engine.ipynb #21e6a1a8
+# %% ../nbs/01_engine.ipynb #5322774a
 @patch
-def _run(self:ReversibleSequence, blocks, x1, x2, tail):
+def calls(self:ReversibleBlock, i, x, chunk):
+    "`f` and `g` of the `i`-th block as calls on images like `x`, with drop path drawn"
+    scale = 1/(1-self.drop_path) if self.training else 1.
+    return [_Call(m, f'{n} of block {i}', x, chunk, rows, scale) for n,m,rows in zip('fg', (self.f,self.g), self.survivors(x))]
+
+@patch
+def _run(self:ReversibleSequence, blocks, x1, x2, tail, tape):
     "`blocks`, with their numbers, in place"
-    tape = _Tape([p for _,b in blocks for p in b.parameters()])
     x1,x2 = _Enter.apply(x1, x2, tape)
     for i,b in blocks:
-        scale = 1/(1-b.drop_path) if b.training else 1.
-        f,g = (_Call(m, f'{n} of block {i}', x1, self.chunk, rows, scale) for n,m,rows in zip('fg', (b.f,b.g), b.survivors(x1)))
+        f,g = b.calls(i, x1, self.chunk)
         x1,x2 = _Block.apply(x1, x2, tape, f, g, *f.params, *g.params)
     if tail is None: return _Exit.apply(x1, x2, tape)
     call = _Call(tail, 'the tail', x1, self.chunk)
     return _Tail.apply(x1, x2, tape, call, *call.params)
 
-# %% ../nbs/01_engine.ipynb #bb367dc1
-def _hooked(block):
-    "Does somebody listen to the block as a whole?"
-    return bool(block._forward_hooks or block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks)
+# %% ../nbs/01_engine.ipynb #12239c2c
+def _plain(block):
+    "Must the block go by ordinary autograd?"
+    hooks = block._forward_hooks or block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks
+    return bool(hooks) or type(block).forward is not ReversibleBlock.forward
 
 @patch
 @torch.compiler.disable
 def _reverse(self:ReversibleSequence, x1, x2, tail):
-    "Runs in place, and hooked blocks by ordinary autograd"
-    out = x1,x2
-    for hooked,blocks in groupby(enumerate(self), lambda o: _hooked(o[1])):
-        blocks = list(blocks)
-        last = blocks[-1][0]==len(self)-1
-        if not hooked: out = self._run(blocks, *out, tail if last else None)
+    "Runs in place, with plain blocks in between"
+    runs = [(plain,[o for _,o in g]) for plain,g in groupby(((_plain(b),(i,b)) for i,b in enumerate(self)), lambda o: o[0])]
+    watch = [*self.parameters(), *(tail.parameters() if tail is not None else ())]
+    fresh,out = [],(x1,x2)
+    for k,(plain,blocks) in enumerate(runs):
+        last = k==len(runs)-1
+        if not plain: out = self._run(blocks, *out, tail if last else None, _Tape(fresh, watch if k>=len(runs)-2 else ()))
         else:
             for _,b in blocks: out = b(*out)
             if last and tail is not None: out = tail(*out)
     return out
 
-# %% ../nbs/01_engine.ipynb #383417aa
+# %% ../nbs/01_engine.ipynb #70eec95f
 @patch
 def _reverses(self:ReversibleSequence, x1, x2):
     "Is there a backward pass to save memory for?"

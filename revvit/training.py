@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['recipes', 'Recipe', 'recipe_model', 'recipe_dls', 'warmup_cosine', 'SeedRun', 'NonFiniteError', 'StopOnNonFinite',
-           'SaveCheckpoint', 'set_amp', 'record_run', 'learner', 'plot_history']
+           'SaveCheckpoint', 'RunLog', 'set_amp', 'record_run', 'learner', 'plot_history']
 
-# %% ../nbs/09_training.ipynb #feeb50ad
+# %% ../nbs/09_training.ipynb #474c2432
 import math, random
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +20,7 @@ from fastai.vision.all import (Callback, CSVLogger, GradientClip, LabelSmoothing
 from .checkpoints import save_checkpoint
 from .images import digits_cfg, digits_dls
 
-# %% ../nbs/09_training.ipynb #9ff972cd
+# %% ../nbs/09_training.ipynb #b4b55aa9
 @dataclass(frozen=True)
 class Recipe:
     "What decides a training run, apart from the seed"
@@ -47,7 +47,7 @@ class Recipe:
         for k,top in dict(warmup=1, smoothing=1, warmup_lr=math.inf, final_lr=math.inf, weight_decay=math.inf).items():
             if not 0<=(v:=getattr(self,k))<top: raise ValueError(f"{k} must be from 0 to below {top}, got {v!r}")
 
-# %% ../nbs/09_training.ipynb #086970d1
+# %% ../nbs/09_training.ipynb #d8ae1da7
 @patch
 def changed(self:Recipe,
     epochs:int|None=None, # None keeps the recipe's
@@ -58,10 +58,10 @@ def changed(self:Recipe,
     r = replace(self, epochs=self.epochs if epochs is None else epochs, batch_size=self.batch_size if batch_size is None else batch_size)
     return replace(r, lr=self.lr*r.batch_size/self.batch_size if lr is None else lr)
 
-# %% ../nbs/09_training.ipynb #24317ec0
+# %% ../nbs/09_training.ipynb #9415e893
 recipes = dict(
-    digits=Recipe('digits', 'revvit_tiny_patch16_224', dict(patch_size=4, embed_dim=64, num_heads=4, depth=6, mlp_ratio=2., drop_path_rate=.1), digits_cfg,
-        epochs=40, batch_size=64, lr=3e-3, warmup=.1))
+    digits=Recipe('digits', 'revvit_tiny_patch16_224', dict(patch_size=4, embed_dim=64, num_heads=4, depth=4, mlp_ratio=2.), digits_cfg,
+        epochs=40, batch_size=64, lr=4e-3, warmup=.1))
 
 def recipe_model(
     recipe:Recipe, # Names the model
@@ -80,7 +80,7 @@ def recipe_dls(
     "The recipe's data"
     return dict(digits=digits_dls)[recipe.data](bs=recipe.batch_size, **kwargs)
 
-# %% ../nbs/09_training.ipynb #0f3e9157
+# %% ../nbs/09_training.ipynb #46edfc74
 def warmup_cosine(
     pos:float, # Part of the run that is done, 0 to 1
     lr:float, # Highest rate
@@ -92,17 +92,23 @@ def warmup_cosine(
     if pos<warmup: return warmup_lr + (lr-warmup_lr)*pos/warmup
     return final_lr + (lr-final_lr)*(1+math.cos(math.pi*(pos-warmup)/(1-warmup)))/2
 
-# %% ../nbs/09_training.ipynb #e987cd99
+# %% ../nbs/09_training.ipynb #c1266696
 class SeedRun(Callback):
     "Start every `fit` from one seed: Python, NumPy, PyTorch, and the order of the training items"
     order = -20
     def __init__(self, seed:int): self.seed = seed
-    def before_fit(self):
-        set_seed(self.seed)
-        self.dls.train.rng = random.Random(self.seed)
+    def before_fit(self): self.fresh = True
+    def before_train(self):
+        if self.fresh:
+            set_seed(self.seed)
+            self.dls.train.rng = random.Random(self.seed)
+        self.fresh = False
 
-# %% ../nbs/09_training.ipynb #908883a2
-class NonFiniteError(FloatingPointError): "Training met a loss or gradient that is infinite or not a number"
+# %% ../nbs/09_training.ipynb #26711146
+class NonFiniteError(FloatingPointError):
+    "Training met a loss or gradient that is infinite or not a number"
+    def __init__(self, said): super().__init__(said); self.said = said
+    def __str__(self): return self.said   # fastai puts the callback's name into `args`; what the user should read is `said`
 
 def _first_bad(named):
     "Name of the first tensor in `named` with an infinite or NaN value, or None"
@@ -112,7 +118,7 @@ def _first_bad(named):
         rows = bad.any(1).nonzero().flatten().tolist() if n.startswith(('input','target')) and t.ndim>1 else None
         return n if rows is None else f"{n} (items {', '.join(map(str, rows[:5]))}{', ...' if len(rows)>5 else ''} of the batch)"
 
-# %% ../nbs/09_training.ipynb #8f5ab425
+# %% ../nbs/09_training.ipynb #fc6d665c
 class StopOnNonFinite(Callback):
     "Stop before the optimizer step when the loss or a gradient is infinite or NaN"
     order,run_valid = MixedPrecision.order+.5,False
@@ -129,7 +135,7 @@ class StopOnNonFinite(Callback):
         self.opt.zero_grad()
         raise NonFiniteError(f"step {self.train_iter+1} (epoch {self.epoch}): {what} is not finite; stopped before the optimizer step, the weights are those of step {self.train_iter}")
 
-# %% ../nbs/09_training.ipynb #cf85911d
+# %% ../nbs/09_training.ipynb #b8eb7a0d
 class SaveCheckpoint(Callback):
     "Write the model to `path` after each epoch that trained"
     order = CSVLogger.order+1
@@ -142,7 +148,17 @@ class SaveCheckpoint(Callback):
         if self.trained: save_checkpoint(self.model, self.path, **self.kwargs)   # `get_preds` and `validate` also end an epoch
         self.trained = False
 
-# %% ../nbs/09_training.ipynb #d6f9c0d7
+# %% ../nbs/09_training.ipynb #5b21246a
+class RunLog(CSVLogger):
+    "fastai's log of a run, `history.csv`, that a validation does not overwrite"
+    def before_fit(self): self.opened = False
+    def before_train(self):
+        if not self.opened: super().before_fit()
+        self.opened = True
+    def after_fit(self):
+        if self.opened: super().after_fit()
+
+# %% ../nbs/09_training.ipynb #09baf9cd
 def set_amp(
     learn:Learner, # Changed in place
     amp:str='auto', # 'bf16', 'fp16', 'off', or 'auto' for the best that the device has
@@ -156,15 +172,16 @@ def set_amp(
 
 def record_run(
     learn:Learner, # Gets callbacks that write
-    out:str|Path, # Folder for `checkpoint.pth` and `history.csv`
+    out:str|Path, # Folder for `checkpoint.pth` and `history.csv`, made if need be
     image_cfg:dict, # Image settings for the checkpoint
 )->Learner:
     "Write a log and a checkpoint after every epoch"
     learn.path = Path(out)
+    learn.path.mkdir(parents=True, exist_ok=True)
     save = SaveCheckpoint(learn.path/'checkpoint.pth', class_names=list(learn.dls.vocab), input_settings=image_cfg)
-    return learn.add_cbs([CSVLogger(), save])
+    return learn.add_cbs([RunLog(), save])
 
-# %% ../nbs/09_training.ipynb #10360483
+# %% ../nbs/09_training.ipynb #ce768987
 def learner(
     dls, # fastai `DataLoaders` with a `vocab`
     recipe:Recipe, # What to do
@@ -185,14 +202,16 @@ def learner(
     if out: record_run(learn, out, recipe.image_cfg)
     return set_amp(learn, amp)
 
-# %% ../nbs/09_training.ipynb #0eb44f34
+# %% ../nbs/09_training.ipynb #55144de5
 def plot_history(
     learn:Learner, # After `fit`
     path:str|Path|None=None, # Image file to write; None for none
 )->Figure:
     "Training and validation loss by step, and the accuracy after each epoch"
     rec,fig = learn.recorder,Figure(figsize=(8,3), layout='constrained')
-    vals = dict(zip(rec.metric_names[1:], zip(*rec.values)))
+    names = rec.metric_names[1:-1]   # without epoch and time
+    if not rec.losses: raise ValueError("nothing to plot: fastai's recorder is empty before a fit, and emptied by validate and get_preds")
+    vals = dict(zip(names, zip(*rec.values)))
     a,b = fig.subplots(1,2)
     a.plot(range(1, len(rec.losses)+1), rec.losses, label='training (running mean)')
     a.plot(rec.iters, vals['valid_loss'], 'o-', ms=3, label='held out')

@@ -6,7 +6,7 @@
 __all__ = ['vit_sizes', 'ViTSize', 'drop_path_rates', 'vit_block', 'RevViT', 'checkpoint_filter_fn', 'revvit_tiny_patch16_224',
            'revvit_small_patch16_224', 'revvit_base_patch16_224', 'revvit_large_patch16_224']
 
-# %% ../nbs/04_vit.ipynb #6d1ba4e5
+# %% ../nbs/04_vit.ipynb #70f568e4
 import math, re
 from dataclasses import asdict, dataclass
 import torch
@@ -17,9 +17,9 @@ from timm.layers import global_pool_nlc, register_notrace_module, resample_abs_p
 from timm.models import build_model_with_cfg, clean_state_dict, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from .engine import ReversibleBlock, ReversibleSequence
-from .layers import PatchEmbed, StreamFusion, attention_half, mlp_half
+from .layers import PatchEmbed, PooledFusion, StreamFusion, attention_half, mlp_half
 
-# %% ../nbs/04_vit.ipynb #a03d4878
+# %% ../nbs/04_vit.ipynb #a586b0ec
 @dataclass(frozen=True)
 class ViTSize:
     "Width, heads and depth of a Rev-ViT"
@@ -33,7 +33,7 @@ class ViTSize:
 
 vit_sizes = dict(tiny=ViTSize(192, 3, 12), small=ViTSize(384, 6, 12), base=ViTSize(768, 12, 12), large=ViTSize(1024, 16, 24))
 
-# %% ../nbs/04_vit.ipynb #bfb4d0ee
+# %% ../nbs/04_vit.ipynb #fdb9f660
 def drop_path_rates(
     rate:float, # Of the last block, 0 to below 1
     depth:int, # Blocks
@@ -41,7 +41,7 @@ def drop_path_rates(
     "Drop path rate of each block"
     return [rate*i/max(1, depth-1) for i in range(depth)]
 
-# %% ../nbs/04_vit.ipynb #0c1f06ca
+# %% ../nbs/04_vit.ipynb #407b4ddd
 def vit_block(
     dim:int, # Width of a token
     num_heads:int, # Attention heads
@@ -54,7 +54,7 @@ def vit_block(
     "Reversible block of attention and MLP, each after a layer norm"
     return ReversibleBlock(attention_half(dim, num_heads, qkv_bias, attn_drop, proj_drop), mlp_half(dim, mlp_ratio, proj_drop), **kwargs)
 
-# %% ../nbs/04_vit.ipynb #c1399035
+# %% ../nbs/04_vit.ipynb #03820580
 register_notrace_module(ReversibleSequence)
 
 class RevViT(nn.Module):
@@ -85,11 +85,11 @@ class RevViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
         self.blocks = ReversibleSequence((vit_block(embed_dim, num_heads, mlp_ratio, qkv_bias, proj_drop_rate, attn_drop_rate,
             drop_path=o, shared_drop_path=shared_drop_path) for o in drop_path_rates(drop_path_rate, depth)), chunk)
-        self.fusion,self.head_drop = StreamFusion(embed_dim),nn.Dropout(drop_rate)
+        self.neck,self.head_drop = PooledFusion(StreamFusion(embed_dim)),nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
         self.init_weights()
 
-# %% ../nbs/04_vit.ipynb #e36db7eb
+# %% ../nbs/04_vit.ipynb #61290e84
 def _init_linear(m):
     "Start of a linear layer"
     if not isinstance(m, nn.Linear): return
@@ -102,7 +102,7 @@ def init_weights(self:RevViT):
     trunc_normal_(self.pos_embed, std=.02)
     self.apply(_init_linear)
 
-# %% ../nbs/04_vit.ipynb #70de72a5
+# %% ../nbs/04_vit.ipynb #145281f4
 @patch
 def reset_classifier(self:RevViT,
     num_classes:int, # Classes; 0 for no classifier
@@ -121,7 +121,7 @@ def reset_classifier(self:RevViT,
 @patch
 def get_classifier(self:RevViT): return self.head
 
-# %% ../nbs/04_vit.ipynb #cdb7805b
+# %% ../nbs/04_vit.ipynb #94dc168e
 @patch
 def tokens(self:RevViT, x:torch.Tensor):
     "Patch and position embedding of images: (B, C, H, W) to (B, N, D)"
@@ -129,12 +129,12 @@ def tokens(self:RevViT, x:torch.Tensor):
     pos = resample_abs_pos_embed(self.pos_embed, self.patch_embed.dynamic_feat_size(x.shape[-2:]), self.patch_embed.grid_size, 0)
     return t + pos
 
-# %% ../nbs/04_vit.ipynb #7d1540f7
+# %% ../nbs/04_vit.ipynb #f10fa7e7
 @patch
 def forward_features(self:RevViT, x:torch.Tensor):
     "Normed tokens of both streams: (B, N, 2*embed_dim)"
     t = self.tokens(x)
-    return self.blocks(t, t, tail=self.fusion)
+    return self.blocks(t, t, tail=self.neck.fusion)
 
 @patch
 def forward_head(self:RevViT, x:torch.Tensor,
@@ -145,9 +145,12 @@ def forward_head(self:RevViT, x:torch.Tensor,
     return x if pre_logits else self.head(x)
 
 @patch
-def forward(self:RevViT, x:torch.Tensor): return self.forward_head(self.forward_features(x))
+def forward(self:RevViT, x:torch.Tensor):
+    if not self.global_pool: return self.forward_head(self.forward_features(x))
+    t = self.tokens(x)
+    return self.head(self.head_drop(self.blocks(t, t, tail=self.neck)))
 
-# %% ../nbs/04_vit.ipynb #6e25c6e9
+# %% ../nbs/04_vit.ipynb #3ae644db
 @patch
 def set_reversible(self:RevViT,
     on:bool=True, # `False` stores activations, as any other model does
@@ -162,13 +165,13 @@ def set_grad_checkpointing(self:RevViT,
     "timm's name for `set_reversible`"
     self.set_reversible(enable)
 
-# %% ../nbs/04_vit.ipynb #4bebf546
+# %% ../nbs/04_vit.ipynb #fd64bad6
 @patch(as_prop=True)
 def feature_info(self:RevViT):
     "Name, width and stride of the feature map after each block"
     return [dict(module=f'blocks.{i}', num_chs=self.num_features, reduction=max(self.patch_embed.patch_size)) for i in range(len(self.blocks))]
 
-# %% ../nbs/04_vit.ipynb #1683145c
+# %% ../nbs/04_vit.ipynb #3211a3ae
 @patch
 def forward_intermediates(self:RevViT, x:torch.Tensor,
     indices:int|list|None=None, # Blocks: the last n if an int, all if None, negative ones count from the end
@@ -183,16 +186,16 @@ def forward_intermediates(self:RevViT, x:torch.Tensor,
     x1 = x2 = self.tokens(x)
     for i in take:
         x1,x2 = self.blocks[done:i+1](x1, x2)
-        out.append(self.fusion(x1, x2) if norm else torch.cat((x1,x2), -1))
+        out.append(self.neck.fusion(x1, x2) if norm else torch.cat((x1,x2), -1))
         done = i+1
     if output_fmt=='NCHW':
         grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
         out = [o.unflatten(1, grid).permute(0,3,1,2).contiguous() for o in out] # B N C -> B C h w
     if intermediates_only: return out
     rest = self.blocks[done:done if stop_early else None]
-    return rest(x1, x2, tail=self.fusion),out
+    return rest(x1, x2, tail=self.neck.fusion),out
 
-# %% ../nbs/04_vit.ipynb #ef4c2b05
+# %% ../nbs/04_vit.ipynb #d95864cb
 @patch
 def prune_intermediate_layers(self:RevViT,
     indices:int|list=1, # Blocks, as in `forward_intermediates`
@@ -203,11 +206,11 @@ def prune_intermediate_layers(self:RevViT,
     take,last = feature_take_indices(len(self.blocks), indices)
     self.blocks = self.blocks[:last+1]
     self.model_args.update(depth=last+1)
-    if prune_norm: self.fusion.norm = nn.Identity()
+    if prune_norm: self.neck.fusion.norm = nn.Identity()
     if prune_head: self.reset_classifier(0, '')
     return take
 
-# %% ../nbs/04_vit.ipynb #28ecc64c
+# %% ../nbs/04_vit.ipynb #04576c6b
 @patch
 def no_weight_decay(self:RevViT): return set()
 
@@ -216,9 +219,9 @@ def group_matcher(self:RevViT,
     coarse:bool=False, # Accepted for timm; the groups are the same
 ):
     "Patterns that sort the parameters by depth"
-    return dict(stem=r'^pos_embed|^patch_embed', blocks=[(r'^blocks\.(\d+)', None), (r'^fusion', (99999,))])
+    return dict(stem=r'^pos_embed|^patch_embed', blocks=[(r'^blocks\.(\d+)', None), (r'^neck', (99999,))])
 
-# %% ../nbs/04_vit.ipynb #3a4dbf40
+# %% ../nbs/04_vit.ipynb #e8a3e9d1
 _names = [(re.compile(a), b) for a,b in (
     (r'^backbone\.(?=pos_embed|patch_embed|layers|ln1)', ''),
     (r'^patch_embed\.projection\.', 'patch_embed.proj.'),
@@ -231,7 +234,7 @@ _names = [(re.compile(a), b) for a,b in (
     (r'^layers\.(\d+)\.ln2\.', r'blocks.\1.g.norm.'),
     (r'^layers\.(\d+)\.ffn\.layers\.0\.0\.', r'blocks.\1.g.fn.fc1.'),
     (r'^layers\.(\d+)\.ffn\.layers\.1\.', r'blocks.\1.g.fn.fc2.'),
-    (r'^(?:norm|ln1)\.', 'fusion.norm.'),
+    (r'^(?:norm|ln1)\.', 'neck.fusion.norm.'),
     (r'^head\.(?:projection|fc)\.', 'head.'))]
 
 def _our_name(
@@ -241,7 +244,7 @@ def _our_name(
     for pattern,new in _names: name = pattern.sub(new, name)
     return name
 
-# %% ../nbs/04_vit.ipynb #90dc1c6a
+# %% ../nbs/04_vit.ipynb #3aedc6c8
 def _join_qkv(
     tensors:dict, # Tensors by our names, perhaps with `q`, `k`, `v` apart
 )->dict: # The same, with `qkv` where all three were there
@@ -252,7 +255,7 @@ def _join_qkv(
         if all(o in tensors for o in parts): tensors[name.replace('.fn.q.', '.fn.qkv.')] = torch.cat([tensors.pop(o) for o in parts])
     return tensors
 
-# %% ../nbs/04_vit.ipynb #5179a1a3
+# %% ../nbs/04_vit.ipynb #be0f4507
 def _unwrap(
     content:dict, # What a file holds
 )->dict: # Tensors by name
@@ -262,7 +265,7 @@ def _unwrap(
         raise ValueError(f"expected tensors by name, alone or under model_state, state_dict or model, but found {', '.join(map(str, list(tensors)[:5])) or 'nothing'}")
     return clean_state_dict(tensors)
 
-# %% ../nbs/04_vit.ipynb #0121e027
+# %% ../nbs/04_vit.ipynb #5179173b
 def checkpoint_filter_fn(
     state_dict:dict, # Content of a file: tensors by name, or a dictionary that holds them
     model:RevViT, # For its patch grid
@@ -280,7 +283,7 @@ def _grid_of(n, new):
     "Patch grid that `n` position vectors were made for, as far as one can tell: the model's own, or a square"
     return new if n==new[0]*new[1] else (math.isqrt(n),)*2
 
-# %% ../nbs/04_vit.ipynb #13d1f27f
+# %% ../nbs/04_vit.ipynb #3c4aa7c3
 def _cfg(url='', **kwargs):
     "timm's description of weights and of the images they were trained for"
     return dict(url=url, num_classes=1000, input_size=(3,224,224), pool_size=None, fixed_input_size=True, crop_pct=.875, interpolation='bicubic',
@@ -293,7 +296,7 @@ default_cfgs = generate_default_cfgs({
     'revvit_base_patch16_224.fb_in1k': _cfg('https://dl.fbaipublicfiles.com/pyslowfast/rev/REV_VIT_B.pyth'),
     'revvit_large_patch16_224': _cfg()})
 
-# %% ../nbs/04_vit.ipynb #6d8ed1a2
+# %% ../nbs/04_vit.ipynb #1fddc799
 def _create(variant, size, pretrained=False, **kwargs):
     "A registered model: `size` with `kwargs` on top"
     return build_model_with_cfg(RevViT, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn,

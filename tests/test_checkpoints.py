@@ -19,7 +19,7 @@ def _writer(path):
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
 def test_killed_writer_leaves_a_whole_file(tmp_path):
-    "R32: 30 times SIGKILL at a random moment; the file always loads and is of one piece, and the next save clears what was left behind"
+    "R32: 30 times SIGKILL at a random moment of a save or shortly after; the file always loads and is of one piece, and the next save clears what was left behind"
     path,rng,leftovers = tmp_path/'last.pth',random.Random(0),0
     save_checkpoint(RevViT(**small), path, extra=dict(i=-1))
     for _ in range(30):
@@ -27,7 +27,9 @@ def test_killed_writer_leaves_a_whole_file(tmp_path):
         if not pid:
             try: _writer(path)
             finally: os._exit(1)
-        time.sleep(rng.uniform(.01, .06))
+        end = time.monotonic()+20
+        while not any(tmp_path.glob(f'.*-{pid}.tmp')) and time.monotonic() < end: time.sleep(.0005)    # until a save is under way
+        time.sleep(rng.uniform(0, .03))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         leftovers += len(list(tmp_path.glob('.*.tmp')))
