@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['command', 'revvit_train', 'revvit_predict']
 
-# %% ../nbs/11_cli.ipynb #1cb6b732
+# %% ../nbs/11_cli.ipynb #8c6aa0c5
 import argparse, itertools, os, platform, shlex, sys, time, warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import wraps
 from json import dumps
 from pathlib import Path
 from typing import get_args
 from fastcore.docments import docments
 
-# %% ../nbs/11_cli.ipynb #df37a510
+# %% ../nbs/11_cli.ipynb #1bebd728
 class _Parser(argparse.ArgumentParser):
     "A parser that raises its errors; argparse would print its usage and leave"
     def error(self, message): raise ValueError(f"{message} (see {self.prog} --help)")
@@ -32,7 +32,7 @@ def _parser(func):
             p.add_argument(flag, type=type, default=v.default, metavar=word, help=doc + ('' if v.default is None else f' (default: {v.default})'))
     return p
 
-# %% ../nbs/11_cli.ipynb #e396975a
+# %% ../nbs/11_cli.ipynb #c9543c34
 def _sentence(e):
     "What went wrong, in one line, for the person who typed the command"
     s = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename and e.strerror else str(e)
@@ -52,7 +52,7 @@ def command(func):
         return code
     return _run
 
-# %% ../nbs/11_cli.ipynb #feac07e7
+# %% ../nbs/11_cli.ipynb #9d24cf69
 def _claim(out, name):
     "A new folder for a run"
     if out is not None:
@@ -71,7 +71,7 @@ def _newest(name='checkpoint.pth'):
     if not found: raise ValueError(f"no {name} under runs/ yet: run revvit_train first, or name a file with --weights")
     return max(found, key=os.path.getmtime)
 
-# %% ../nbs/11_cli.ipynb #5e55d5c9
+# %% ../nbs/11_cli.ipynb #d2f98def
 def _write(path, text):
     "Write a small file in one step"
     new = path.with_name(f'.{path.name}.tmp')
@@ -85,7 +85,7 @@ def _config(r, learn, **kwargs):
            'training images': len(learn.dls.train_ds), 'test images': len(learn.dls.valid_ds), 'versions': dict(revvit=revvit.__version__, torch=torch.__version__, timm=timm.__version__, fastai=fastai.__version__, python=platform.python_version())}
     return cfg
 
-# %% ../nbs/11_cli.ipynb #b920b967
+# %% ../nbs/11_cli.ipynb #9e5ce160
 def _fit(learn, epochs, ckpt):
     "Train; on Ctrl-C say what is left. Returns the seconds it took"
     t = time.time()
@@ -105,7 +105,7 @@ def _sample_digit(out):
     Image.fromarray(images[i]).save(out/f'digit_{labels[i]}.png')
     return out/f'digit_{labels[i]}.png'
 
-# %% ../nbs/11_cli.ipynb #96178bba
+# %% ../nbs/11_cli.ipynb #34cd2260
 @command
 def revvit_train(
     recipe:str='digits', # What to train; there is: digits
@@ -123,6 +123,7 @@ def revvit_train(
     from revvit.checkpoints import load_checkpoint
     if recipe not in recipes: raise ValueError(f"there is no recipe {recipe!r}; there is: {', '.join(recipes)}")
     if workers<0: raise ValueError(f"workers must be 0 or more, got {workers}")
+    if not 0<=seed<2**32: raise ValueError(f"seed must be from 0 to {2**32-1}, got {seed}")
     r = recipes[recipe].changed(epochs=epochs, batch_size=batch_size, lr=lr)
     dls = recipe_dls(r, workers=workers, seed=seed)
     model = recipe_model(r, len(dls.vocab), seed)
@@ -139,11 +140,12 @@ def revvit_train(
     elsewhere = '' if out.parent==Path('runs') else f" --weights {shlex.quote(str(out/'checkpoint.pth'))}"
     print(f"Now try: revvit_predict {shlex.quote(str(_sample_digit(out)))}{elsewhere}")
 
-# %% ../nbs/11_cli.ipynb #461d2faf
+# %% ../nbs/11_cli.ipynb #fd2370e5
 def _model_for(weights, name):
     "The model in a checkpoint of ours, or model `name` with the weights of a published file"
-    from revvit.checkpoints import load_checkpoint, load_model
-    if name is None: return load_model(weights)
+    from revvit.checkpoints import load_checkpoint, load_model, read_checkpoint
+    if name is None and read_checkpoint(weights).get('format')=='revvit': return load_model(weights)
+    if name is None: raise ValueError(f"{weights} does not say which model it is for: add its name, as in --model revvit_small_patch16_224")
     import timm, revvit
     if not timm.is_model(name): raise ValueError(f"timm knows no model {name!r}; ours are: {', '.join(timm.list_models('revvit_*'))}")
     m = timm.create_model(name)

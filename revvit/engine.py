@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['chunk_size', 'ReversibleBlock', 'ReversibleSequence']
 
-# %% ../nbs/01_engine.ipynb #c3532a7b
+# %% ../nbs/01_engine.ipynb #87c1b7d7
 import torch
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -14,9 +14,9 @@ from fastcore.basics import patch
 from torch import nn
 from torch.autograd import Function
 from torch.func import functional_call
-from .coupling import _alike, _checked, couple, uncouple
+from .coupling import _about, _alike, _checked, couple, uncouple
 
-# %% ../nbs/01_engine.ipynb #fbac46f9
+# %% ../nbs/01_engine.ipynb #bfdb3983
 def _rng(device):
     "States of the generators that a computation on `device` may draw from"
     args = () if device.type=='mps' else (device,)
@@ -31,14 +31,14 @@ def _set_rng(device, states):
 
 def _drew(device, before): return not all(torch.equal(a, b) for a,b in zip(before, _rng(device)))
 
-# %% ../nbs/01_engine.ipynb #dc3bf290
+# %% ../nbs/01_engine.ipynb #8b35cc6e
 def _autocast(device):
     "A maker of contexts that enter autocast as it is now"
     t = device.type
     if not torch.amp.is_autocast_available(t): return nullcontext
     return partial(torch.autocast, t, torch.get_autocast_dtype(t), torch.is_autocast_enabled(t), False)
 
-# %% ../nbs/01_engine.ipynb #239caf82
+# %% ../nbs/01_engine.ipynb #3ae47420
 def chunk_size(
     x:torch.Tensor, # A stream, images first and channels last
     rows:int|None=None, # Rows wanted at a time; by default 1,600 on a CPU and 16,384 elsewhere
@@ -47,7 +47,7 @@ def chunk_size(
     if rows is None: rows = 1600 if x.device.type=='cpu' else 16384
     return max(1, rows*x.shape[-1]*len(x)//max(1, x.numel()))
 
-# %% ../nbs/01_engine.ipynb #cef5e94b
+# %% ../nbs/01_engine.ipynb #fd702690
 def _refuse(name, m):
     "Refuse layers that a repeated pass on part of the batch would get wrong"
     for n,o in m.named_modules():
@@ -57,7 +57,7 @@ def _refuse(name, m):
             raise ValueError(f"{name} holds {'spectral norm' if power else type(o).__name__} ({n or 'itself'}), whose state changes in every forward pass: "
                              "use a layer that treats each image alone, such as LayerNorm or GroupNorm")
 
-# %% ../nbs/01_engine.ipynb #a6fb478d
+# %% ../nbs/01_engine.ipynb #d6c37056
 def _state(t):
     "What changes when the tensor `t` is written to, or given other memory"
     return t.untyped_storage()._cdata,0 if t.is_inference() else t._version
@@ -77,7 +77,7 @@ class _Call:
         if self.rows is not None: return self.rows.split(self.chunk)
         return [slice(i, min(n, i+self.chunk)) for i in range(0, max(n, 1), self.chunk)]
 
-# %% ../nbs/01_engine.ipynb #80f72470
+# %% ../nbs/01_engine.ipynb #cffb81e2
 @patch
 def changed(self:_Call):
     "Name of a parameter or buffer that is no longer what it was, if any"
@@ -93,7 +93,7 @@ def check(self:_Call):
     if self.modes!=[o.training for o in self.m.modules()]:
         raise RuntimeError(f"{self.name} was switched between train() and eval() before backward: switch after it, or call set_reversible(False)")
 
-# %% ../nbs/01_engine.ipynb #5e778a51
+# %% ../nbs/01_engine.ipynb #a67d424a
 def _take(xs, rows):
     "The images `rows` of each of `xs`, and how many they are; where there are none, the first image in their place"
     parts = [x[rows] for x in xs]
@@ -115,7 +115,7 @@ def scaled(self:_Call, o, n):
     o = o if n else o[:0]
     return o if self.scale==1 else o*self.scale
 
-# %% ../nbs/01_engine.ipynb #aaf7fc87
+# %% ../nbs/01_engine.ipynb #e7abecda
 @patch
 def each(self:_Call, *xs):
     "Yield images and the module's output for them, part by part"
@@ -136,7 +136,7 @@ def each(self:_Call, *xs):
     if self.rng is None and _drew(self.device, before):
         raise RuntimeError(f"{self.name} drew random numbers for some images and not for the first: draw for all or none, or call set_reversible(False)")
 
-# %% ../nbs/01_engine.ipynb #adaa235c
+# %% ../nbs/01_engine.ipynb #d5ded67b
 @patch
 @contextmanager
 def replay(self:_Call):
@@ -148,7 +148,7 @@ def replay(self:_Call):
     finally:
         if now: _set_rng(self.device, now)
 
-# %% ../nbs/01_engine.ipynb #705a9ce0
+# %% ../nbs/01_engine.ipynb #5307fe27
 def _stranger(o, known):
     "A tensor that the gradient of `o` flows to and that is not in `known`, if any"
     todo,seen,known = [o.grad_fn],set(),{id(k) for k in known}
@@ -173,7 +173,7 @@ def vjp(self:_Call, xs, rows, d, params):
     it = iter(grads[len(xs):])
     return o.detach(),[g[:n] if g is not None else None for g in grads[:len(xs)]],[next(it) if p.requires_grad else None for p in params]
 
-# %% ../nbs/01_engine.ipynb #13ecbe8d
+# %% ../nbs/01_engine.ipynb #bc556fd0
 def _own(g, taken):
     "`g`, or a copy if its memory serves other tensors (`taken`) or several of its own elements"
     s = g.untyped_storage()
@@ -186,7 +186,7 @@ def _sum(acc, new, taken):
     for i,g in enumerate(new):
         if g is not None: acc[i] = _own(g, taken) if acc[i] is None else acc[i].add_(g)
 
-# %% ../nbs/01_engine.ipynb #649868dd
+# %% ../nbs/01_engine.ipynb #807f4f32
 def _add_(x, rows, o, sign=1):
     "`x[rows] += sign*o` in place"
     if isinstance(rows, slice): x[rows].add_(o, alpha=sign)
@@ -206,7 +206,7 @@ def back_(self:_Call, dst, src, ddst, dsrc, needs):
         del o,gx,gp
     return acc
 
-# %% ../nbs/01_engine.ipynb #b1ab3c56
+# %% ../nbs/01_engine.ipynb #0cc66497
 class ReversibleBlock(nn.Module):
     "Two-stream residual block: `y1 = x1 + f(x2)`, then `y2 = x2 + g(y1)`"
     def __init__(self,
@@ -217,23 +217,25 @@ class ReversibleBlock(nn.Module):
     ):
         super().__init__()
         if not 0<=drop_path<1: raise ValueError(f"drop_path must be at least 0 and below 1, got {drop_path}")
-        for n,m in (('f',f),('g',g)): _refuse(n, m)
+        for n,m in (('f',f),('g',g)):
+            if not isinstance(m, nn.Module): raise ValueError(f"{n} must be a module, got {type(m).__name__}")
+            _refuse(n, m)
         self.f,self.g,self.drop_path,self.shared_drop_path = f,g,drop_path,shared_drop_path
 
     def extra_repr(self): return f'drop_path={self.drop_path}, shared_drop_path={self.shared_drop_path}'
 
-# %% ../nbs/01_engine.ipynb #17eea4a9
+# %% ../nbs/01_engine.ipynb #e6dc8035
 @patch
 def survivors(self:ReversibleBlock,
     x:torch.Tensor, # A stream, images first
 )->tuple: # For `f` and for `g`: the indices of the images that go through it, or `None` for all
     "Draw the images that drop path spares"
     if not (self.training and self.drop_path): return None,None
-    keep = torch.rand(1 if self.shared_drop_path else 2, len(x)) >= self.drop_path
+    keep = torch.rand(1 if self.shared_drop_path else 2, len(x), dtype=torch.float32, device='cpu') >= self.drop_path
     rows = [k.nonzero().squeeze(1).to(x.device) for k in keep]
     return rows[0],rows[-1]
 
-# %% ../nbs/01_engine.ipynb #af7fce54
+# %% ../nbs/01_engine.ipynb #17f6faaa
 class _Half:
     "`m` for the images `rows` and zero for the others"
     def __init__(self, m, rows, scale): self.m,self.rows,self.scale = m,rows,scale
@@ -249,7 +251,7 @@ def forward(self:ReversibleBlock, x1:torch.Tensor, x2:torch.Tensor):
     scale = 1/(1-self.drop_path)
     return couple(x1, x2, _Half(self.f, rf, scale), _Half(self.g, rg, scale))
 
-# %% ../nbs/01_engine.ipynb #b12736ca
+# %% ../nbs/01_engine.ipynb #d97dcf3c
 @patch
 def inverse(self:ReversibleBlock,
     y1:torch.Tensor, # First output
@@ -262,15 +264,16 @@ def inverse(self:ReversibleBlock,
         raise RuntimeError("drop path or dropout is on, and the inverse does not know what it drew: call eval() first")
     return xs
 
-# %% ../nbs/01_engine.ipynb #3fcebaf2
+# %% ../nbs/01_engine.ipynb #6dd5f559
 class _Tape:
     "The two streams on their way back; one for each run forwards"
-    def __init__(self, fresh, params=()): self.fresh,self.params,self.y1,self.y2 = fresh,params,None,None
+    def __init__(self, fresh, params=()): self.fresh,self.params,self.y1,self.y2,self.task = fresh,params,None,None,None
 
     def load(self, y1, y2):
         "Begin at the end of the run"
         if torch.is_grad_enabled(): raise RuntimeError("no double backward (create_graph=True) through a reversible run: call set_reversible(False) first")
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        if torch.is_inference_mode_enabled(): raise RuntimeError("no backward pass through a reversible run in inference_mode: leave it, or call set_reversible(False)")
+        keep,self.task = torch._C._autograd._get_current_graph_task_keep_graph(),torch._C._current_graph_task_id()
         self.y1,self.y2 = (y.detach().clone() if keep else y.detach() for y in (y1,y2))
         if self.params: self.fresh[:] = [p for p in self.params if p.is_leaf and p.grad is None]
 
@@ -279,13 +282,15 @@ class _Tape:
     @contextmanager
     def guard(self):
         "Take back new gradients if something goes wrong, an interrupt included"
-        try: yield
+        try:
+            if self.task!=torch._C._current_graph_task_id(): raise RuntimeError("two backward passes through one reversible run at a time: finish one before the next")
+            yield
         except BaseException:
             for p in self.fresh: p.grad = None
             self.clear()
             raise
 
-# %% ../nbs/01_engine.ipynb #fc078117
+# %% ../nbs/01_engine.ipynb #bf95c45c
 class _Enter(Function):
     "Start of a run: streams of its own"
     @staticmethod
@@ -305,38 +310,42 @@ class _Block(Function):
         for rows,o in g.each(x1): _add_(x2, rows, o)
         ctx.tape,ctx.f,ctx.g = tape,f,g
         ctx.mark_dirty(x1, x2)
+        ctx.set_materialize_grads(False)
         return x1,x2
     @staticmethod
     def backward(ctx, d1, d2):
-        t,f,g = ctx.tape,ctx.f,ctx.g
+        t,f,g,unused = ctx.tape,ctx.f,ctx.g,d2 is None
         needs,k = ctx.needs_input_grad[5:],len(f.params)
         with t.guard():
+            d1,d2 = (torch.zeros_like(y) if d is None else d for d,y in zip((d1,d2), (t.y1,t.y2)))
             gg = g.back_(t.y2, t.y1, d2, d1, needs[k:])
             gf = f.back_(t.y1, t.y2, d1, d2, needs[:k])
+        if unused: gg = [None]*len(gg)
         if not any(ctx.needs_input_grad[:2]): t.clear()
         return d1,d2,None,None,None,*gf,*gg
 
-# %% ../nbs/01_engine.ipynb #ff0f3bda
+# %% ../nbs/01_engine.ipynb #9f327b7a
 class _Exit(Function):
     "End of a run: all that is kept"
     @staticmethod
     def forward(ctx, y1, y2, tape):
         ctx.tape = tape
         ctx.save_for_backward(y1, y2)
+        ctx.set_materialize_grads(False)
         return y1.clone(),y2.clone()
     @staticmethod
     def backward(ctx, d1, d2):
         ctx.tape.load(*ctx.saved_tensors)
-        return *(d.clone(memory_format=torch.contiguous_format) for d in (d1,d2)),None
+        return *(d if d is None else d.clone(memory_format=torch.contiguous_format) for d in (d1,d2)),None
 
-# %% ../nbs/01_engine.ipynb #220af844
+# %% ../nbs/01_engine.ipynb #320b5cdb
 class _Tail(Function):
     "End of a run through a module of both streams"
     @staticmethod
     def forward(ctx, y1, y2, tape, call, *params):
         seen,out = (y1._version,y2._version),None
         for rows,o in call.each(y1, y2):
-            if not isinstance(o, torch.Tensor) or len(o)!=len(y1[rows]): raise ValueError("the tail must return one tensor with a row for each image")
+            if not isinstance(o, torch.Tensor) or o.shape[:1]!=y1[rows].shape[:1]: raise ValueError("the tail must return one tensor with a row for each image")
             if out is None: out = o.new_empty(len(y1), *o.shape[1:])
             out[rows] = o
         if seen!=(y1._version,y2._version): raise ValueError("the tail changed a stream in place, but it is needed again: use an out-of-place form")
@@ -362,7 +371,7 @@ def _tail_back(call, y1, y2, d, needs):
         del gs,gp
     return d1,d2,acc
 
-# %% ../nbs/01_engine.ipynb #399965d9
+# %% ../nbs/01_engine.ipynb #a3c235d8
 class ReversibleSequence(nn.ModuleList):
     "Blocks one after another, their activations rebuilt instead of stored"
     def __init__(self,
@@ -384,7 +393,7 @@ class ReversibleSequence(nn.ModuleList):
         if isinstance(i, slice): part.chunk,part.reversible = self.chunk,self.reversible
         return part
 
-# %% ../nbs/01_engine.ipynb #5322774a
+# %% ../nbs/01_engine.ipynb #d1abe845
 @patch
 def calls(self:ReversibleBlock, i, x, chunk):
     "`f` and `g` of the `i`-th block as calls on images like `x`, with drop path drawn"
@@ -402,7 +411,7 @@ def _run(self:ReversibleSequence, blocks, x1, x2, tail, tape):
     call = _Call(tail, 'the tail', x1, self.chunk)
     return _Tail.apply(x1, x2, tape, call, *call.params)
 
-# %% ../nbs/01_engine.ipynb #12239c2c
+# %% ../nbs/01_engine.ipynb #88222201
 def _plain(block):
     "Must the block go by ordinary autograd?"
     hooks = block._forward_hooks or block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks
@@ -423,11 +432,12 @@ def _reverse(self:ReversibleSequence, x1, x2, tail):
             if last and tail is not None: out = tail(*out)
     return out
 
-# %% ../nbs/01_engine.ipynb #70eec95f
+# %% ../nbs/01_engine.ipynb #62c0f10d
 @patch
 def _reverses(self:ReversibleSequence, x1, x2):
     "Is there a backward pass to save memory for?"
     if not (self.reversible and len(self) and torch.is_grad_enabled()) or torch.compiler.is_exporting(): return False
+    if torch._C._functorch.peek_interpreter_stack() is not None: return False
     return x1.requires_grad or x2.requires_grad or any(p.requires_grad for p in self.parameters())
 
 @patch
@@ -437,6 +447,9 @@ def forward(self:ReversibleSequence,
     tail:nn.Module|None=None, # Module of both final streams that treats each image alone; repeated in the backward pass too
 ): # `(y1,y2)`, or what `tail` makes of them
     "Both streams through all blocks"
+    for x in (x1,x2):
+        if not (isinstance(x, torch.Tensor) and x.ndim and x.is_floating_point()): raise ValueError(f"streams are floating-point tensors with images first, got {_about(x)}")
+    if tail is not None and not isinstance(tail, nn.Module): raise ValueError(f"tail must be a module, got {type(tail).__name__}")
     _alike(x1, x2)
     if self._reverses(x1, x2): return self._reverse(x1, x2, tail)
     for b in self: x1,x2 = b(x1, x2)

@@ -6,7 +6,7 @@
 __all__ = ['digits_cfg', 'digits', 'hold_out', 'open_image', 'ImageTransform', 'shift_mat', 'DigitJitter', 'digits_dls',
            'class_names', 'inference_model']
 
-# %% ../nbs/07_images.ipynb #36616ec1
+# %% ../nbs/07_images.ipynb #ebd8dd9b
 import random
 from pathlib import Path
 import numpy as np, torch
@@ -16,13 +16,13 @@ from fastai.vision.all import (Categorize, Datasets, IntToFloatTensor, Normalize
     affine_mat, rotate_mat, zoom_mat)
 from sklearn.datasets import load_digits
 
-# %% ../nbs/07_images.ipynb #4029e148
+# %% ../nbs/07_images.ipynb #d4b8dd67
 def digits()->tuple: # Images (1797, 8, 8) of 8 bits, and their labels 0 to 9
     "scikit-learn's handwritten digits, light ink on black"
     d = load_digits()
     return np.round(d.images*255/16).astype(np.uint8), d.target
 
-# %% ../nbs/07_images.ipynb #c7a505eb
+# %% ../nbs/07_images.ipynb #29a1225f
 def hold_out(
     labels:np.ndarray, # Class of each item
     per_class:int, # Items to hold out of each class; every class must have more
@@ -37,7 +37,7 @@ def hold_out(
     held = np.sort(np.concatenate(held))
     return np.setdiff1d(np.arange(len(labels)), held), held
 
-# %% ../nbs/07_images.ipynb #10371a1e
+# %% ../nbs/07_images.ipynb #929a8813
 def _as_mode(im, mode):
     "A Pillow image in `mode` 'L' or 'RGB', by the policy of the table"
     if im.mode.startswith('I;16') or (im.mode=='I' and im.format=='PNG'):  # Pillow before 11 gives 'I' for a 16-bit PNG
@@ -48,7 +48,7 @@ def _as_mode(im, mode):
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
     return im.convert('RGB').convert(mode) if im.mode not in ('L','1') else im.convert(mode)
 
-# %% ../nbs/07_images.ipynb #1a1a2a8e
+# %% ../nbs/07_images.ipynb #feeb7d8e
 def open_image(
     path:str|Path, # Image file in any format that Pillow reads
     channels:int=3, # 1 for grey, 3 for colour
@@ -66,7 +66,7 @@ def open_image(
     except UnidentifiedImageError as e: raise ValueError(f"{path}: not an image, or in no format that Pillow reads") from e
     except Exception as e: raise ValueError(f"{path}: the image cannot be read: {str(e) or type(e).__name__}") from e
 
-# %% ../nbs/07_images.ipynb #4d0b8519
+# %% ../nbs/07_images.ipynb #84fdeb32
 digits_cfg = dict(input_size=(1,16,16), mean=(.3059,), std=(.3191,), interpolation='bilinear', crop_pct=1.)
 
 class ImageTransform:
@@ -82,7 +82,7 @@ class ImageTransform:
         self.tfm = create_transform(size, is_training=False, mean=cfg['mean'], std=cfg['std'], interpolation=cfg['interpolation'], crop_pct=cfg['crop_pct'])
     def __call__(self, path): return self.tfm(open_image(path, self.channels))
 
-# %% ../nbs/07_images.ipynb #bc246caa
+# %% ../nbs/07_images.ipynb #ccba8736
 def shift_mat(
     x:TensorImage, # Batch (B, C, H, W), for its size and device
     max_shift:float=.05, # Largest shift, as a fraction of the side
@@ -92,7 +92,7 @@ def shift_mat(
     dx,dy = (x.new_empty(x.size(0)).uniform_(-2*max_shift, 2*max_shift) for _ in range(2))  # the side runs from -1 to 1
     return affine_mat(one, zero, dx, zero, one, dy)
 
-# %% ../nbs/07_images.ipynb #844ac4e9
+# %% ../nbs/07_images.ipynb #1c9a8c02
 class DigitJitter(RandTransform):
     "Turn, zoom and shift each image of a training batch a little"
     order,split_idx = 30,0   # after the division by 255, before the normalisation; training only
@@ -108,7 +108,7 @@ class DigitJitter(RandTransform):
         mat = rotate_mat(x, max_deg=self.degrees, p=1.) @ zoom @ shift_mat(x, self.shift)
         return x.affine_coord(mat[:,:2], pad_mode='zeros', align_corners=False)
 
-# %% ../nbs/07_images.ipynb #ceadeff9
+# %% ../nbs/07_images.ipynb #69f8b1e7
 class _Pick(Transform):
     "Look an index up in `items`, and wrap what is there"
     def __init__(self, items, wrap): self.items,self.wrap = items,wrap
@@ -121,7 +121,7 @@ def _resized():
     ims = [resize[1](resize[0](Image.fromarray(o))) for o in images]
     return torch.from_numpy(np.stack(ims))[:,None], labels
 
-# %% ../nbs/07_images.ipynb #376bddc2
+# %% ../nbs/07_images.ipynb #a39a5fa4
 def digits_dls(
     bs:int=64, # Images a training batch; the last, smaller batch of an epoch is left out
     held_out:str='test', # What to measure on: 'test', or 'valid', a part of the training images
@@ -135,6 +135,7 @@ def digits_dls(
     x,labels = _resized()
     train,held = hold_out(labels, 36)
     if held_out=='valid': train,held = (train[o] for o in hold_out(labels[train], 36))
+    if not 1<=bs<=len(train): raise ValueError(f"the batch size must be from 1 to the {len(train)} training images, got {bs}")
     dsets = Datasets(range(len(x)), [[_Pick(x, TensorImageBW)], [_Pick(labels, str), Categorize(vocab=[str(o) for o in range(10)])]],
                      splits=(train.tolist(), held.tolist()))
     tfms = [IntToFloatTensor, DigitJitter() if jitter is None else jitter, Normalize.from_stats(digits_cfg['mean'], digits_cfg['std'], cuda=False)]
@@ -142,7 +143,7 @@ def digits_dls(
     dls.train.rng = random.Random(seed)
     return dls
 
-# %% ../nbs/07_images.ipynb #272ae194
+# %% ../nbs/07_images.ipynb #2b90a59d
 def class_names(
     model, # With `num_classes`, and perhaps `pretrained_cfg['label_names']`
 )->list: # A name for each class: the model's own, ImageNet's, or numbers
