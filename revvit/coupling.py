@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['couple', 'uncouple', 'to_fixed', 'from_fixed', 'fixed']
 
-# %% ../nbs/00_coupling.ipynb #020bf23e
+# %% ../nbs/00_coupling.ipynb #51324d84
 from functools import partial
 import torch
 
-# %% ../nbs/00_coupling.ipynb #d4589084
+# %% ../nbs/00_coupling.ipynb #9085ebfe
 def _about(x): return f"{tuple(x.shape)} {str(x.dtype)[6:]} on {x.device}" if isinstance(x, torch.Tensor) else type(x).__name__
 def _writes(x): return None if torch.compiler.is_compiling() or x.is_inference() else x._version
 
@@ -26,7 +26,7 @@ def _checked(
         raise ValueError(f"{name} returned {_about(o)} for a stream of {_about(x)}: shape and device stay, the dtype is not promoted")
     return o
 
-# %% ../nbs/00_coupling.ipynb #03d8e75f
+# %% ../nbs/00_coupling.ipynb #952fd504
 def _alike(a, b):
     if (a.shape, a.dtype, a.device)!=(b.shape, b.dtype, b.device): raise ValueError(f"streams differ: {_about(a)} and {_about(b)}")
 
@@ -41,7 +41,7 @@ def couple(
     y1 = x1 + _checked(f, x2, 'f')
     return y1, x2 + _checked(g, y1, 'g')
 
-# %% ../nbs/00_coupling.ipynb #d4241982
+# %% ../nbs/00_coupling.ipynb #05275a0a
 def uncouple(
     y1:torch.Tensor, # First output of `couple`
     y2:torch.Tensor, # Second output of `couple`
@@ -53,7 +53,7 @@ def uncouple(
     x2 = y2 - _checked(g, y1, 'g')
     return y1 - _checked(f, x2, 'f'), x2
 
-# %% ../nbs/00_coupling.ipynb #b3aa8f4e
+# %% ../nbs/00_coupling.ipynb #983fe5e6
 def to_fixed(
     x:torch.Tensor, # Floating point, any shape; finite and below `2**(31-bits)` in size
     bits:int=20, # Binary digits after the point, 0 to 30; a step is `2**-bits`
@@ -67,7 +67,7 @@ def to_fixed(
         raise ValueError(f"to_fixed got a value of size {size:g}: with {bits} bits it must be finite and below {2.**(31-bits):g}")
     return n.to(torch.int32)
 
-# %% ../nbs/00_coupling.ipynb #7825a6ff
+# %% ../nbs/00_coupling.ipynb #76663919
 def from_fixed(
     n:torch.Tensor, # int32 steps, any shape
     bits:int=20, # As given to `to_fixed`
@@ -78,7 +78,7 @@ def from_fixed(
         raise ValueError(f"from_fixed takes an int32 tensor, got {_about(n)}")
     return (n.to(torch.promote_types(dtype, torch.float32)) * 2.**-bits).to(dtype)
 
-# %% ../nbs/00_coupling.ipynb #a611f22a
+# %% ../nbs/00_coupling.ipynb #d92675c9
 def _on_steps(n, f, bits, dtype): return to_fixed(f(from_fixed(n, bits, dtype)), bits)
 
 def fixed(

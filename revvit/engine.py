@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['chunk_size', 'ReversibleBlock', 'ReversibleSequence']
 
-# %% ../nbs/01_engine.ipynb #87c1b7d7
+# %% ../nbs/01_engine.ipynb #b8f91728
 import torch
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.func import functional_call
 from .coupling import _about, _alike, _checked, couple, uncouple
 
-# %% ../nbs/01_engine.ipynb #bfdb3983
+# %% ../nbs/01_engine.ipynb #d929137b
 def _rng(device):
     "States of the generators that a computation on `device` may draw from"
     args = () if device.type=='mps' else (device,)
@@ -31,23 +31,23 @@ def _set_rng(device, states):
 
 def _drew(device, before): return not all(torch.equal(a, b) for a,b in zip(before, _rng(device)))
 
-# %% ../nbs/01_engine.ipynb #8b35cc6e
+# %% ../nbs/01_engine.ipynb #a39b93b4
 def _autocast(device):
     "A maker of contexts that enter autocast as it is now"
     t = device.type
     if not torch.amp.is_autocast_available(t): return nullcontext
     return partial(torch.autocast, t, torch.get_autocast_dtype(t), torch.is_autocast_enabled(t), False)
 
-# %% ../nbs/01_engine.ipynb #3ae47420
+# %% ../nbs/01_engine.ipynb #d56b3e1f
 def chunk_size(
     x:torch.Tensor, # A stream, images first and channels last
-    rows:int|None=None, # Rows wanted at a time; by default 1,600 on a CPU and 16,384 elsewhere
+    rows:int|None=None, # Rows wanted at a time; by default 1,600 on a CPU and 8,192 elsewhere
 )->int: # At least 1
     "Images that a block works on at a time"
-    if rows is None: rows = 1600 if x.device.type=='cpu' else 16384
+    if rows is None: rows = 1600 if x.device.type=='cpu' else 8192
     return max(1, rows*x.shape[-1]*len(x)//max(1, x.numel()))
 
-# %% ../nbs/01_engine.ipynb #fd702690
+# %% ../nbs/01_engine.ipynb #98ddc135
 def _refuse(name, m):
     "Refuse layers that a repeated pass on part of the batch would get wrong"
     for n,o in m.named_modules():
@@ -57,7 +57,7 @@ def _refuse(name, m):
             raise ValueError(f"{name} holds {'spectral norm' if power else type(o).__name__} ({n or 'itself'}), whose state changes in every forward pass: "
                              "use a layer that treats each image alone, such as LayerNorm or GroupNorm")
 
-# %% ../nbs/01_engine.ipynb #d6c37056
+# %% ../nbs/01_engine.ipynb #dd07003d
 def _state(t):
     "What changes when the tensor `t` is written to, or given other memory"
     return t.untyped_storage()._cdata,0 if t.is_inference() else t._version
@@ -77,7 +77,7 @@ class _Call:
         if self.rows is not None: return self.rows.split(self.chunk)
         return [slice(i, min(n, i+self.chunk)) for i in range(0, max(n, 1), self.chunk)]
 
-# %% ../nbs/01_engine.ipynb #cffb81e2
+# %% ../nbs/01_engine.ipynb #39b30557
 @patch
 def changed(self:_Call):
     "Name of a parameter or buffer that is no longer what it was, if any"
@@ -93,7 +93,7 @@ def check(self:_Call):
     if self.modes!=[o.training for o in self.m.modules()]:
         raise RuntimeError(f"{self.name} was switched between train() and eval() before backward: switch after it, or call set_reversible(False)")
 
-# %% ../nbs/01_engine.ipynb #a67d424a
+# %% ../nbs/01_engine.ipynb #882be3a9
 def _take(xs, rows):
     "The images `rows` of each of `xs`, and how many they are; where there are none, the first image in their place"
     parts = [x[rows] for x in xs]
@@ -115,7 +115,7 @@ def scaled(self:_Call, o, n):
     o = o if n else o[:0]
     return o if self.scale==1 else o*self.scale
 
-# %% ../nbs/01_engine.ipynb #e7abecda
+# %% ../nbs/01_engine.ipynb #d6a3301f
 @patch
 def each(self:_Call, *xs):
     "Yield images and the module's output for them, part by part"
@@ -136,7 +136,7 @@ def each(self:_Call, *xs):
     if self.rng is None and _drew(self.device, before):
         raise RuntimeError(f"{self.name} drew random numbers for some images and not for the first: draw for all or none, or call set_reversible(False)")
 
-# %% ../nbs/01_engine.ipynb #d5ded67b
+# %% ../nbs/01_engine.ipynb #8f0fc390
 @patch
 @contextmanager
 def replay(self:_Call):
@@ -148,7 +148,7 @@ def replay(self:_Call):
     finally:
         if now: _set_rng(self.device, now)
 
-# %% ../nbs/01_engine.ipynb #5307fe27
+# %% ../nbs/01_engine.ipynb #84976ff6
 def _stranger(o, known):
     "A tensor that the gradient of `o` flows to and that is not in `known`, if any"
     todo,seen,known = [o.grad_fn],set(),{id(k) for k in known}
@@ -173,7 +173,7 @@ def vjp(self:_Call, xs, rows, d, params):
     it = iter(grads[len(xs):])
     return o.detach(),[g[:n] if g is not None else None for g in grads[:len(xs)]],[next(it) if p.requires_grad else None for p in params]
 
-# %% ../nbs/01_engine.ipynb #bc556fd0
+# %% ../nbs/01_engine.ipynb #8904c57f
 def _own(g, taken):
     "`g`, or a copy if its memory serves other tensors (`taken`) or several of its own elements"
     s = g.untyped_storage()
@@ -186,7 +186,7 @@ def _sum(acc, new, taken):
     for i,g in enumerate(new):
         if g is not None: acc[i] = _own(g, taken) if acc[i] is None else acc[i].add_(g)
 
-# %% ../nbs/01_engine.ipynb #807f4f32
+# %% ../nbs/01_engine.ipynb #65ab908b
 def _add_(x, rows, o, sign=1):
     "`x[rows] += sign*o` in place"
     if isinstance(rows, slice): x[rows].add_(o, alpha=sign)
@@ -206,7 +206,7 @@ def back_(self:_Call, dst, src, ddst, dsrc, needs):
         del o,gx,gp
     return acc
 
-# %% ../nbs/01_engine.ipynb #0cc66497
+# %% ../nbs/01_engine.ipynb #74001101
 class ReversibleBlock(nn.Module):
     "Two-stream residual block: `y1 = x1 + f(x2)`, then `y2 = x2 + g(y1)`"
     def __init__(self,
@@ -224,9 +224,9 @@ class ReversibleBlock(nn.Module):
 
     def extra_repr(self): return f'drop_path={self.drop_path}, shared_drop_path={self.shared_drop_path}'
 
-# %% ../nbs/01_engine.ipynb #e6dc8035
+# %% ../nbs/01_engine.ipynb #a3c70bca
 @patch
-def survivors(self:ReversibleBlock,
+def _survivors(self:ReversibleBlock,
     x:torch.Tensor, # A stream, images first
 )->tuple: # For `f` and for `g`: the indices of the images that go through it, or `None` for all
     "Draw the images that drop path spares"
@@ -235,7 +235,7 @@ def survivors(self:ReversibleBlock,
     rows = [k.nonzero().squeeze(1).to(x.device) for k in keep]
     return rows[0],rows[-1]
 
-# %% ../nbs/01_engine.ipynb #17f6faaa
+# %% ../nbs/01_engine.ipynb #20999d81
 class _Half:
     "`m` for the images `rows` and zero for the others"
     def __init__(self, m, rows, scale): self.m,self.rows,self.scale = m,rows,scale
@@ -247,11 +247,11 @@ class _Half:
 
 @patch
 def forward(self:ReversibleBlock, x1:torch.Tensor, x2:torch.Tensor):
-    rf,rg = self.survivors(x1)
+    rf,rg = self._survivors(x1)
     scale = 1/(1-self.drop_path)
     return couple(x1, x2, _Half(self.f, rf, scale), _Half(self.g, rg, scale))
 
-# %% ../nbs/01_engine.ipynb #d97dcf3c
+# %% ../nbs/01_engine.ipynb #05c321c7
 @patch
 def inverse(self:ReversibleBlock,
     y1:torch.Tensor, # First output
@@ -264,7 +264,7 @@ def inverse(self:ReversibleBlock,
         raise RuntimeError("drop path or dropout is on, and the inverse does not know what it drew: call eval() first")
     return xs
 
-# %% ../nbs/01_engine.ipynb #6dd5f559
+# %% ../nbs/01_engine.ipynb #754ae87e
 class _Tape:
     "The two streams on their way back; one for each run forwards"
     def __init__(self, fresh, params=()): self.fresh,self.params,self.y1,self.y2,self.task = fresh,params,None,None,None
@@ -290,7 +290,7 @@ class _Tape:
             self.clear()
             raise
 
-# %% ../nbs/01_engine.ipynb #bf95c45c
+# %% ../nbs/01_engine.ipynb #7495991d
 class _Enter(Function):
     "Start of a run: streams of its own"
     @staticmethod
@@ -324,7 +324,7 @@ class _Block(Function):
         if not any(ctx.needs_input_grad[:2]): t.clear()
         return d1,d2,None,None,None,*gf,*gg
 
-# %% ../nbs/01_engine.ipynb #9f327b7a
+# %% ../nbs/01_engine.ipynb #ff71ef82
 class _Exit(Function):
     "End of a run: all that is kept"
     @staticmethod
@@ -338,7 +338,7 @@ class _Exit(Function):
         ctx.tape.load(*ctx.saved_tensors)
         return *(d if d is None else d.clone(memory_format=torch.contiguous_format) for d in (d1,d2)),None
 
-# %% ../nbs/01_engine.ipynb #320b5cdb
+# %% ../nbs/01_engine.ipynb #5e7c1ad4
 class _Tail(Function):
     "End of a run through a module of both streams"
     @staticmethod
@@ -371,7 +371,7 @@ def _tail_back(call, y1, y2, d, needs):
         del gs,gp
     return d1,d2,acc
 
-# %% ../nbs/01_engine.ipynb #a3c235d8
+# %% ../nbs/01_engine.ipynb #ade7358f
 class ReversibleSequence(nn.ModuleList):
     "Blocks one after another, their activations rebuilt instead of stored"
     def __init__(self,
@@ -393,25 +393,25 @@ class ReversibleSequence(nn.ModuleList):
         if isinstance(i, slice): part.chunk,part.reversible = self.chunk,self.reversible
         return part
 
-# %% ../nbs/01_engine.ipynb #d1abe845
+# %% ../nbs/01_engine.ipynb #11f51f0c
 @patch
-def calls(self:ReversibleBlock, i, x, chunk):
+def _calls(self:ReversibleBlock, i, x, chunk):
     "`f` and `g` of the `i`-th block as calls on images like `x`, with drop path drawn"
     scale = 1/(1-self.drop_path) if self.training else 1.
-    return [_Call(m, f'{n} of block {i}', x, chunk, rows, scale) for n,m,rows in zip('fg', (self.f,self.g), self.survivors(x))]
+    return [_Call(m, f'{n} of block {i}', x, chunk, rows, scale) for n,m,rows in zip('fg', (self.f,self.g), self._survivors(x))]
 
 @patch
 def _run(self:ReversibleSequence, blocks, x1, x2, tail, tape):
     "`blocks`, with their numbers, in place"
     x1,x2 = _Enter.apply(x1, x2, tape)
     for i,b in blocks:
-        f,g = b.calls(i, x1, self.chunk)
+        f,g = b._calls(i, x1, self.chunk)
         x1,x2 = _Block.apply(x1, x2, tape, f, g, *f.params, *g.params)
     if tail is None: return _Exit.apply(x1, x2, tape)
     call = _Call(tail, 'the tail', x1, self.chunk)
     return _Tail.apply(x1, x2, tape, call, *call.params)
 
-# %% ../nbs/01_engine.ipynb #88222201
+# %% ../nbs/01_engine.ipynb #5ff400ab
 def _plain(block):
     "Must the block go by ordinary autograd?"
     hooks = block._forward_hooks or block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks
@@ -432,7 +432,7 @@ def _reverse(self:ReversibleSequence, x1, x2, tail):
             if last and tail is not None: out = tail(*out)
     return out
 
-# %% ../nbs/01_engine.ipynb #62c0f10d
+# %% ../nbs/01_engine.ipynb #b4977d63
 @patch
 def _reverses(self:ReversibleSequence, x1, x2):
     "Is there a backward pass to save memory for?"

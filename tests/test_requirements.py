@@ -1,0 +1,610 @@
+"""What software for reversible networks promises and often breaks, numbered R1 to R27 (R20 and R21, many processes and the compiler, stand elsewhere).
+Each is asked of a sequence of any F and G, of one with a tail, and of a real, narrow Rev-ViT; with two different streams, odd and even depths, and every
+kind of randomness on. The judge is ordinary autograd: the same weights from the same seed with `set_reversible(False)`, relative L2 errors."""
+import copy, multiprocessing, pickle, random, re, statistics, threading, warnings
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import numpy as np, pytest, timm, torch
+from torch import nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+from revvit.engine import ReversibleBlock, ReversibleSequence, chunk_size
+from revvit.testing import check_directional, check_grads, check_inverse, drift, weighted_sum
+from revvit.vit import RevViT
+
+torch.set_num_threads(1)
+REMEDY = r'set_reversible\(False\)'
+
+# ---------------------------------------------------------------- models, and how they are compared
+
+class Tokens(nn.Module):
+    "An F that mixes tokens: norm, attention, dropout of its weights"
+    def __init__(self, d, p=0.):
+        super().__init__()
+        self.norm,self.qkv,self.p = nn.LayerNorm(d),nn.Linear(d, 3*d),p
+    def forward(self, x):
+        q,k,v = self.qkv(self.norm(x)).chunk(3, -1)
+        return scaled_dot_product_attention(q, k, v, dropout_p=self.p if self.training else 0.)
+
+def mlp(d=8, p=0.): return nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 2*d), nn.GELU(), nn.Dropout(p), nn.Linear(2*d, d))
+
+def stack(depth=3, p=0., drop_path=0., chunk=2, make=None, d=8, dtype=torch.float64):
+    "A sequence of `depth` blocks; `make(i)` gives F and G of block i"
+    torch.manual_seed(depth)
+    return ReversibleSequence([ReversibleBlock(*(make(i) if make else (Tokens(d, p),mlp(d, p))), drop_path) for i in range(depth)], chunk).to(dtype)
+
+class Fuse(nn.Module):
+    "A tail: norm of both streams, dropout, a linear layer, mean over tokens"
+    def __init__(self, d=8, p=0.):
+        super().__init__()
+        self.norm,self.drop,self.lin = nn.LayerNorm(2*d),nn.Dropout(p),nn.Linear(2*d, 3)
+    def forward(self, x1, x2): return self.lin(self.drop(self.norm(torch.cat((x1,x2), -1)))).mean(1)
+
+class Tailed(nn.Module):
+    "A sequence and its tail"
+    def __init__(self, blocks, tail): super().__init__(); self.blocks,self.tail = blocks,tail
+    def forward(self, x1, x2): return self.blocks(x1, x2, tail=self.tail)
+    def set_reversible(self, on=True): self.blocks.set_reversible(on)
+
+def streams(b=5, n=3, d=8, seed=1, dtype=torch.float64): return tuple(torch.randn(2, b, n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype))
+def images(b=5, size=32, seed=1, dtype=torch.float64): return (torch.randn(b, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype),)
+
+def sequence(depth, chunk, rate=1, dtype=torch.float64, b=5): return stack(depth, .3*rate, .2*rate, chunk, dtype=dtype),streams(b, dtype=dtype)
+def tailed(depth, chunk, rate=1, dtype=torch.float64, b=5):
+    blocks = stack(depth, .3*rate, .2*rate, chunk)
+    return Tailed(blocks, Fuse(p=.3*rate)).to(dtype),streams(b, dtype=dtype)
+def vit(depth, chunk, rate=1, dtype=torch.float64, b=5, dim=32, heads=2, **kw):
+    torch.manual_seed(depth)
+    m = RevViT(img_size=32, patch_size=8, embed_dim=dim, num_heads=heads, depth=depth, num_classes=5, chunk=chunk,
+               drop_path_rate=.2*rate, proj_drop_rate=.3*rate, attn_drop_rate=.3*rate, drop_rate=.3*rate, **kw)
+    return m.to(dtype),images(b, dtype=dtype)
+
+CASES = dict(sequence3=partial(sequence, 3, 2), sequence4=partial(sequence, 4, None), tail3=partial(tailed, 3, 2), tail4=partial(tailed, 4, None),
+             vit3=partial(vit, 3, 2), vit4=partial(vit, 4, None, dim=48, heads=4, shared_drop_path=True))
+both = pytest.mark.parametrize('make', CASES.values(), ids=CASES.keys())
+two = pytest.mark.parametrize('make', [CASES['tail3'], CASES['vit4']], ids=['tail3','vit4'])
+
+def blocks_of(m): return m if isinstance(m, ReversibleSequence) else m.blocks
+def put(m, half, block, new): setattr(blocks_of(m)[block], half, new.to(next(m.parameters()).dtype))
+def error(got, want):
+    "Relative L2 distance of two lists of tensors; infinite where only one of two is None or not finite"
+    got,want = list(got),list(want)
+    assert len(got)==len(want)
+    if any((a is None)!=(b is None) for a,b in zip(got, want)): return float('inf')
+    a,b = (torch.cat([o.detach().double().flatten() for o in os if o is not None]) for os in (got,want))
+    e = float((a-b).norm()/b.norm().clamp_min(1e-300))
+    return e if e==e else float('inf')
+def same(got, want): return all(torch.equal(a, b) for a,b in zip(got, want, strict=True))
+def outputs(o): return o if isinstance(o, tuple) else (o,)
+def loss_of(m, xs, seed=0):
+    torch.manual_seed(seed)
+    return weighted_sum(m(*xs))
+def needing(m): return [p for p in m.parameters() if p.requires_grad]
+def grads(m, xs, seed=0): return torch.autograd.grad(loss_of(m, xs, seed), needing(m), allow_unused=True)
+def plain(m, fn):
+    "`fn()` with stored activations"
+    m.set_reversible(False)
+    try: return fn()
+    finally: m.set_reversible(True)
+def agrees(m, fn, tol=1e-12):
+    "Does `fn()`, a list of tensors, give the same in both modes?"
+    want = plain(m, fn)
+    assert error(fn(), want) < tol
+def rng_states():
+    kind,keys,*rest = np.random.get_state()
+    return torch.get_rng_state().numpy().tobytes(),(kind, keys.tobytes(), *rest),random.getstate()
+
+class Trap(nn.Module):
+    "`m`, but the calls whose numbers are in `at` fail; the first is 1"
+    def __init__(self, m, *at, error=KeyError): super().__init__(); self.m,self.at,self.error,self.calls = m,at,error,0
+    def forward(self, x):
+        self.calls += 1
+        if self.calls in self.at: raise self.error('trap')
+        return self.m(x)
+
+# ---------------------------------------------------------------- the gradient core: R1 to R19
+
+@pytest.mark.parametrize('depth', [*range(1, 10), 24])
+@pytest.mark.parametrize('kind', [sequence, tailed, vit])
+def test_R01_gradients_of_everything_at_any_depth(kind, depth):
+    "float64: outputs, input gradients and parameter gradients are those of plain autograd, with the rates on and off, in parts and whole"
+    for chunk,rate in ((2,0),(None,1),(1,1)):
+        m,xs = kind(depth, chunk, rate, b=3)
+        check_grads(m, *xs)
+
+@both
+def test_R02_masks_are_those_of_plain_and_are_replayed(make):
+    "Dropout, attention dropout and drop path: the plain mode's masks, and a gradient that agrees with finite differences"
+    m,xs = make()
+    a,b = (outputs(plain(m, lambda: (torch.manual_seed(s),m(*xs))[1])) for s in (0,1))
+    assert error(a, b) > 1e-3 # there are masks
+    check_grads(m, *xs)
+    torch.manual_seed(123)
+    m,xs = make(b=3)
+    check_directional(m, *xs)
+
+@both
+def test_R03_each_of_three_forwards_keeps_its_masks(make):
+    m,xs = make()
+    want = [grads(m, xs, s) for s in range(3)]
+    losses = [loss_of(m, xs, s) for s in range(3)]
+    for s in (1,2,0): assert same(torch.autograd.grad(losses[s], needing(m)), want[s])
+
+@both
+def test_R04_a_block_used_twice_and_a_model_called_twice(make):
+    m,xs = make()
+    blocks_of(m)[2] = blocks_of(m)[0]
+    check_grads(m, *xs)
+    def twice():
+        torch.manual_seed(0)
+        a,b = m(*xs),m(*(x.flip(0) for x in xs))
+        return torch.autograd.grad(weighted_sum((outputs(a), outputs(b))), needing(m))
+    agrees(m, twice)
+
+@both
+def test_R05_random_states(make):
+    "After forward torch, NumPy and Python stand where plain autograd leaves them, after backward where they stood before, and an evaluation moves nothing"
+    m,xs = make()
+    def after():
+        loss = loss_of(m, xs)
+        was = rng_states()
+        loss.backward()
+        assert rng_states()==was
+        return was
+    assert after()==plain(m, after)
+    m.eval()
+    was = rng_states()
+    m(*xs)
+    with torch.no_grad(): m(*xs)
+    assert rng_states()==was
+
+def train(m, xs, opt, on, steps=20):
+    "Weights after `steps` steps on shuffled batches"
+    m = copy.deepcopy(m)
+    m.set_reversible(on)
+    opt,rows = opt(m.parameters()),torch.arange(len(xs[0]))
+    torch.manual_seed(7)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(rows, *xs), batch_size=8, shuffle=True)
+    for _ in range(steps//len(loader)):
+        for i,*batch in loader:
+            loss = cross_entropy(torch.cat([o.flatten(1) for o in outputs(m(*batch))], 1), i%3)
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+    return [p.detach() for p in m.parameters()]
+
+@both
+def test_R06_training_repeats_to_the_bit_and_follows_plain(make):
+    "20 steps with shuffling, dropout and drop path in float32 (two loading processes: notebook 09_training)"
+    m,xs = make(dtype=torch.float32, b=40)
+    adamw,sgd = partial(torch.optim.AdamW, lr=1e-3),partial(torch.optim.SGD, lr=1e-2, momentum=.9)
+    first = train(m, xs, adamw, True)
+    assert error(first, m.parameters()) > 1e-3 # it trains
+    assert same(train(m, xs, adamw, True), first)
+    # Adam divides the keys' bias, whose gradient is rounding and nothing else, by its own size; so SGD here
+    assert error(train(m, xs, sgd, True), train(m, xs, sgd, False)) < 1e-5
+
+@pytest.mark.parametrize('inside', [True,False], ids=['inside','outside'])
+@pytest.mark.parametrize('dtype', [torch.bfloat16,torch.float16], ids=str)
+@both
+def test_R07_autocast(make, dtype, inside):
+    "The replay is under the forward's autocast wherever backward runs, and streams stay float32"
+    m,xs = make(dtype=torch.float32)
+    seen = []
+    blocks_of(m)[1].f.register_forward_pre_hook(lambda f,args: seen.append(args[0].dtype))
+    def run(seed):
+        with torch.autocast('cpu', dtype):
+            loss = loss_of(m, xs, seed)
+            if inside: return torch.autograd.grad(loss, needing(m))
+        return torch.autograd.grad(loss, needing(m))
+    errors = sorted(error(run(s), plain(m, lambda: run(s))) for s in range(5))
+    assert set(seen)=={torch.float32}
+    # where a rebuilt number lies within float32 rounding of the border between two half-precision values, one step of those shows
+    assert statistics.median(errors) < 1e-6 and errors[-1] < 1e-3
+
+@pytest.mark.parametrize('kind', [sequence, vit])
+def test_R08_a_whole_model_in_bfloat16(kind):
+    m,xs = kind(12, 2, dtype=torch.bfloat16)
+    a,b = (torch.cat([o.double().flatten() for o in g]) for g in (grads(m, xs),plain(m, lambda: grads(m, xs))))
+    assert a.isfinite().all() and float(a@b/a.norm()/b.norm()) > .999
+
+@pytest.mark.parametrize('plant', ['loss','scale'])
+@both
+def test_R09_grad_scaler(make, plant):
+    "An infinity, planted or from a scale that float16 cannot hold, is seen: the step is skipped, the scale halved, and the next step is plain's"
+    def run():
+        m,xs = make(dtype=torch.float32)
+        m.set_reversible(on)
+        opt,scaler = torch.optim.SGD(m.parameters(), lr=1e-2),torch.amp.GradScaler('cpu', init_scale=2.**60 if plant=='scale' else 2.**8)
+        before = [p.detach().clone() for p in m.parameters()]
+        for step in range(2):
+            with torch.autocast('cpu', torch.float16): loss = loss_of(m, xs, step)
+            if step==0 and plant=='loss': loss = loss*float('inf')
+            scale = scaler.get_scale()
+            scaler.scale(loss).backward()
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+            if step==0:
+                assert same([p.detach() for p in m.parameters()], before) and scaler.get_scale()==scale/2
+                if plant=='scale': scaler.update(2.**8)
+        after = [p.detach() for p in m.parameters()]
+        assert error(after, before) > 1e-5 and scaler.get_scale()==2.**(8 if plant=='scale' else 7)
+        return after
+    on = True; got = run()
+    on = False; assert error(got, run()) < 1e-6
+
+@both
+def test_R10_accumulation_frozen_parameters(make):
+    m,xs = make()
+    def accumulated(n, seed=0):
+        m.zero_grad()
+        torch.manual_seed(seed)
+        for part in zip(*(x.chunk(n) for x in xs)): weighted_sum([o.square() for o in outputs(m(*part))]).backward()
+        return [p.grad for p in m.parameters()]
+    assert len(xs[0].chunk(4))==3 # of 2, 2 and 1
+    agrees(m, partial(accumulated, 4))
+    for i,p in enumerate(m.parameters()): p.requires_grad_(i%3==1)
+    agrees(m, partial(accumulated, 4)) # the same pattern of None, too
+    assert [p.grad is None for p in m.parameters()]==[i%3!=1 for i,_ in enumerate(m.parameters())]
+
+def test_R10_four_micro_batches_are_one_batch():
+    m,xs = stack(3),streams(8)
+    sums = lambda n: sum((torch.stack(m(*o)).square().sum() for o in zip(*(x.chunk(n) for x in xs))), torch.zeros(()))
+    assert error(torch.autograd.grad(sums(4), needing(m)), plain(m, lambda: torch.autograd.grad(sums(1), needing(m)))) < 1e-12
+
+@pytest.mark.parametrize('layer', [lambda: nn.BatchNorm1d(3), lambda: nn.SyncBatchNorm(3), lambda: nn.InstanceNorm1d(3, track_running_stats=True),
+    lambda: nn.utils.spectral_norm(nn.Linear(8, 8)), lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))], ids=['batch','sync','instance','spectral','spectral2'])
+def test_R10_layers_with_running_statistics_are_refused_by_name(layer):
+    with pytest.raises(ValueError, match=r'^g holds .* \(1.*state changes in every forward pass'): ReversibleBlock(mlp(), nn.Sequential(nn.GELU(), layer()))
+    m = stack(3)
+    m[1].f = layer().double() # past the constructor: then where it runs
+    with pytest.raises(ValueError, match='^f of block 1 holds .*state changes'): m(*streams())
+    class Tail(Fuse):
+        def forward(self, x1, x2): return self.more(super().forward(x1, x2)[:,:,None].expand(-1, -1, 8))
+    tail = Tail()
+    tail.more = layer()
+    with pytest.raises(ValueError, match='^the tail holds .* \\(more.*state changes'): stack(3)(*streams(), tail=tail.double())
+
+@both
+def test_R11_frozen_stem(make):
+    "Streams that need no gradient: every parameter behind them gets its own, exactly"
+    m,xs = make()
+    want = dict(zip([n for n,_ in m.named_parameters()], plain(m, lambda: grads(m, xs))))
+    for n,p in m.named_parameters(): p.requires_grad_(not n.startswith(('patch_embed','pos_embed','0.','blocks.0.')))
+    loss_of(m, xs).backward()
+    for n,p in m.named_parameters():
+        if p.requires_grad: assert error([p.grad], [want[n]]) < 1e-9, n # one at a time, and a bias of keys has none but rounding
+        else: assert p.grad is None
+
+@both
+def test_R12_asking_for_some_gradients_touches_no_other(make):
+    m,xs = make()
+    x = xs[0].clone().requires_grad_()
+    xs = (x, *xs[1:])
+    some = needing(m)[::3]
+    agrees(m, lambda: torch.autograd.grad(loss_of(m, xs), [x, *some]))
+    want = plain(m, lambda: torch.autograd.grad(loss_of(m, xs), [x, *some]))
+    assert x.grad is None and all(p.grad is None for p in m.parameters())
+    loss_of(m, xs).backward(inputs=[x])
+    assert error([x.grad], want[:1]) < 1e-12 and all(p.grad is None for p in m.parameters())
+    loss_of(m, xs).backward(inputs=some)
+    assert error([p.grad for p in some], want[1:]) < 1e-12
+    assert [p.grad is None for p in m.parameters()]==[not any(p is o for o in some) for p in m.parameters()]
+
+@both
+def test_R13_parameter_hooks_fire_once_with_the_final_gradient(make):
+    m,xs = make()
+    want,fired,after = plain(m, lambda: grads(m, xs)),[],[]
+    for i,p in enumerate(m.parameters()):
+        p.register_hook(lambda g, i=i: fired.append((i, g.clone())) or 2*g)
+        p.register_post_accumulate_grad_hook(lambda p, i=i: after.append((i, p.grad.clone())))
+    loss_of(m, xs).backward()
+    for seen,times in ((fired,1),(after,2)):
+        assert sorted(i for i,_ in seen)==list(range(len(want)))
+        assert error([g for _,g in sorted(seen, key=lambda o: o[0])], [times*g for g in want]) < 1e-12
+
+@both
+def test_R13_hooks_on_f_and_g_run_and_count(make):
+    "Once a part forwards and once a part backwards; with dropout the parts are one, and the part that found that out comes on top"
+    for rate in (0,1):
+        m,xs = make(rate, b=6)
+        calls,back = [],[]
+        blocks_of(m)[1].f.register_forward_hook(lambda *o: calls.append(len(o[2])))
+        blocks_of(m)[1].f.register_full_backward_hook(lambda *o: back.append(1))
+        agrees(m, lambda: grads(m, xs))
+        calls.clear(); back.clear()
+        if rate: blocks_of(m)[1].drop_path = 0.
+        grads(m, xs)
+        chunk = blocks_of(m).chunk
+        parts = 3*[2] if chunk else [6]
+        want = 2*parts if not rate else [6,6] if not chunk else [2,6,6]
+        assert calls==want and len(back)==(1 if rate else len(parts))
+
+@both
+def test_R14_double_backward_is_refused_with_its_remedy(make):
+    "A gradient penalty is never dropped: an error that says what to do, and that is right"
+    m,xs = make()
+    x = xs[0].clone().requires_grad_()
+    def penalised():
+        loss = loss_of(m, (x, *xs[1:])).square()
+        g, = torch.autograd.grad(loss, x, create_graph=True)
+        return torch.autograd.grad(loss + 10*g.square().sum(), needing(m), allow_unused=True)
+    with pytest.raises(RuntimeError, match='double backward.*'+REMEDY): penalised()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # PyTorch's, about memory
+        with pytest.raises(RuntimeError, match=REMEDY): loss_of(m, xs).backward(create_graph=True)
+    agrees(m, lambda: grads(m, xs))
+    penalty = plain(m, penalised)
+    assert error(penalty, plain(m, lambda: grads(m, xs))) > 1e-3
+
+@both
+def test_R15_retained_graphs_can_be_walked_again_and_freed_ones_not(make):
+    m,xs = make()
+    loss,ps = loss_of(m, xs),needing(m)
+    one,two,three = (torch.autograd.grad(loss, ps, retain_graph=o) for o in (True,True,False))
+    assert same(one, two) and same(one, three)
+    with pytest.raises(RuntimeError, match='backward through the graph a second time'): torch.autograd.grad(loss, ps)
+    loss = loss_of(m, xs) # two calls for a half of the parameters each
+    late = torch.autograd.grad(loss, ps[len(ps)//2:], retain_graph=True)
+    assert error([*torch.autograd.grad(loss, ps[:len(ps)//2]), *late], one) < 1e-12
+
+@both
+def test_R16_inputs_and_outputs_may_be_edited_parameters_and_buffers_not(make):
+    m,xs = make()
+    want = grads(m, xs)
+    mine = [x.clone() for x in xs]
+    torch.manual_seed(0)
+    out = m(*mine)
+    loss = weighted_sum(out)
+    with torch.no_grad():
+        for o in (*outputs(out), *mine): o.zero_()
+    if not isinstance(m, RevViT): # there the stem keeps the images, and autograd itself refuses
+        assert error(torch.autograd.grad(loss, needing(m)), want) < 1e-12
+    for half,name in (('f','norm.weight'),('g','(norm|0).weight')):
+        loss = loss_of(m, xs)
+        with torch.no_grad(): next(getattr(blocks_of(m)[1], half).parameters()).mul_(1) # the value does not matter
+        with pytest.raises(RuntimeError, match=f"'{name}' in {half} of block 1 was changed between forward and backward.*{REMEDY}"): loss.backward()
+        m.zero_grad()
+    agrees(m, lambda: grads(m, xs))
+
+class Table(nn.Module):
+    "A G with a buffer"
+    def __init__(self): super().__init__(); self.register_buffer('table', torch.linspace(.5, 1, 8))
+    def forward(self, x): return x.sin()*self.table
+
+def test_R16_buffers():
+    m,xs = stack(3, make=lambda i: (Tokens(8),Table())),streams()
+    check_grads(m, *xs)
+    for edit in (lambda: m[2].g.table.mul_(2), lambda: setattr(m[2].g, 'table', m[2].g.table*2), lambda: m.load_state_dict(m.state_dict())):
+        loss = loss_of(m, xs)
+        edit()
+        with pytest.raises(RuntimeError, match="in g of block 2 was changed between"): loss.backward()
+
+@both
+def test_R17_a_mode_switched_in_between_is_refused(make):
+    m,xs = make()
+    for part,name in ((m,''),(blocks_of(m)[0].f,'f of block 0'),(blocks_of(m)[2].g,'g of block 2')):
+        loss = loss_of(m, xs)
+        part.eval()
+        with pytest.raises(RuntimeError, match=f'{name}.* was switched between train.. and eval.. before backward.*{REMEDY}'): loss.backward()
+        m.train()
+        m.zero_grad()
+        loss = loss_of(m.eval(), xs)
+        part.train()
+        with pytest.raises(RuntimeError, match='was switched'): loss.backward()
+        m.train()
+        m.zero_grad()
+    agrees(m, lambda: grads(m, xs))
+
+@pytest.mark.parametrize('half', 'fg')
+@both
+def test_R18_an_error_in_f_or_g_leaves_nothing_half_done(make, half):
+    "In forward or backward: no gradient on any block or tail, random states and modes as they were, the next step exact"
+    m,xs = make()
+    trap = Trap(getattr(blocks_of(m)[1], half))
+    put(m, half, 1, trap)
+    want = plain(m, lambda: grads(m, xs))
+    trap.calls = 0
+    with torch.autocast('cpu', torch.bfloat16, enabled=False): grads(m, xs)
+    trap.at = (1, trap.calls+trap.calls) # the first call forwards, the last one backwards
+    trap.calls = 0
+    with pytest.raises(KeyError, match='trap'): loss_of(m, xs)
+    trap.calls = trap.at[1]//2
+    loss = loss_of(m, xs)
+    was = rng_states()
+    with pytest.raises(KeyError, match='trap'): loss.backward()
+    assert rng_states()==was and torch.is_grad_enabled() and not torch.is_autocast_enabled('cpu') and m.training
+    assert all(p.grad is None for n,p in m.named_parameters() if not n.startswith('head')) # what is behind blocks and tail, autograd did before
+    m.zero_grad()
+    loss_of(m, xs).backward()
+    assert error([p.grad for p in m.parameters()], want) < 1e-12
+
+@both
+def test_R18_random_states_after_an_error_in_forward_are_those_of_plain(make):
+    def after():
+        m,xs = make()
+        m.set_reversible(on)
+        put(m, 'g', 2, Trap(blocks_of(m)[2].g, 1))
+        with pytest.raises(KeyError): loss_of(m, xs)
+        return rng_states()
+    on = True; got = after()
+    on = False; assert got==after()
+
+@both
+def test_R19_evaluation(make):
+    "With gradients it is plain's, five calls agree to the bit, and training with all rates 0 is the same function"
+    m,xs = make()
+    check_grads(m.eval(), *xs)
+    first = outputs(m(*xs))
+    for _ in range(4): assert same(outputs(m(*xs)), first)
+    with torch.no_grad(): assert error(outputs(m(*xs)), first) < 1e-12
+    m,xs = make(rate=0)
+    trained = outputs(m(*xs))
+    assert same(outputs(m.eval()(*xs)), trained) and error(outputs(plain(m, lambda: m(*xs))), trained) < 1e-12
+
+# ---------------------------------------------------------------- copies, memory, drift: R22 to R24
+
+@pytest.fixture(scope='module')
+def other_process():
+    "Runs functions in a fresh interpreter that gives freed memory back at once"
+    with pytest.MonkeyPatch.context() as mp:
+        for k in ('MALLOC_MMAP_THRESHOLD_','MALLOC_TRIM_THRESHOLD_'): mp.setenv(k, '65536')
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
+            pool.submit(int).result()
+            yield lambda fn, *args: pool.submit(fn, *args).result(timeout=300)
+
+def answers(m, xs):
+    "Output in evaluation, and gradients in training"
+    with torch.no_grad(): out = outputs(m.eval()(*xs))
+    return [o.numpy() for o in (*out, *grads(m.train(), xs))]
+
+@both
+def test_R22_copies_fresh_and_used(make, other_process):
+    "deepcopy, pickle, another process and a state_dict: bit-equal, and no name depends on the mode"
+    m,xs = make()
+    for used in (False,True):
+        if used: loss_of(m, xs).backward()
+        want,twin = answers(m, xs),make()[0]
+        for p in twin.parameters(): nn.init.zeros_(p)
+        twin.load_state_dict(m.state_dict())
+        got = [answers(o, xs) for o in (copy.deepcopy(m), pickle.loads(pickle.dumps(m)), twin)] + [other_process(answers, m, xs)]
+        assert all(np.array_equal(a, b) for o in got for a,b in zip(o, want, strict=True))
+    assert list(m.state_dict())==plain(m, lambda: list(m.state_dict()))
+
+def status(key): return int(re.search(rf'{key}:\s+(\d+)', Path('/proc/self/status').read_text())[1])/1024
+
+def extra_peak(step):
+    "Megabytes that `step` takes at its peak, over those before it"
+    Path('/proc/self/clear_refs').write_text('5') # the kernel counts anew
+    before = status('VmRSS')
+    step()
+    return status('VmHWM')-before
+
+def wide(kind, depth):
+    "A model and a batch that is large beside it; every block drops alike, so that only the depths differ"
+    if kind==vit:
+        m,xs = vit(depth, 8, dtype=torch.float32, b=512, dim=48, heads=4)
+        for o in m.blocks: o.drop_path = .2
+        return m,xs
+    return stack(depth, .3, .2, 8, lambda i: (nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU(), nn.Dropout(.3), nn.Linear(64, 64)),mlp(64)),
+                 dtype=torch.float32),streams(64, 128, 64, dtype=torch.float32)
+
+def memory(kind):
+    "Extra peak at depths 4 and 16 and of plain at 16, growth in 50 forwards, and whether the inputs survived"
+    torch.set_num_threads(1)
+    peaks = []
+    for depth,on in ((4,True),(16,True),(16,False)):
+        m,xs = wide(kind, depth)
+        m.set_reversible(on)
+        def step(): loss_of(m, xs).backward()
+        if on: step() # the buffers of the weights' gradients exist from here on
+        peaks.append(min(extra_peak(step) for _ in range(3)) if on else extra_peak(step))
+        if (depth,on)==(4,True):
+            was,copies = status('VmRSS'),[x.clone() for x in xs]
+            for _ in range(50): out = m(*(x[:len(x)//8] for x in xs))
+            del out
+            grown,intact = status('VmRSS')-was-sum(x.nbytes for x in xs)/2**20,same(xs, copies)
+    return *peaks,grown,intact
+
+@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason="Linux counts a process's peak memory, others do not")
+@pytest.mark.parametrize('kind', [sequence, vit])
+def test_R23_memory_does_not_grow_with_depth(kind, other_process):
+    at4,at16,stored,grown,intact = other_process(memory, kind)
+    assert at16 <= 1.05*at4 and at16 <= .1*stored, (at4,at16,stored)
+    assert grown < 5 and intact, grown
+
+@pytest.mark.parametrize('kind', [sequence, vit])
+def test_R24_drift_is_measured_by_one_call_per_block_and_warns(kind):
+    m,xs = kind(6, 2, rate=0, dtype=torch.float32)
+    xs = (m.tokens(*xs).detach(),)*2 if kind==vit else xs
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        errors = drift(blocks_of(m), *xs)
+    assert len(errors)==6 and 0 < max(errors) < 1e-5
+    with torch.no_grad():
+        for p in blocks_of(m).parameters(): p.mul_(16 if kind==sequence else 64)
+    with pytest.warns(UserWarning, match='the input of block [0-5] is rebuilt with an error of .*the limit of 1e-05'): worse = drift(blocks_of(m), *xs, limit=1e-5)
+    assert max(worse) > 3*max(errors)
+
+# ---------------------------------------------------------------- inputs and models: R25 to R27
+
+@pytest.mark.parametrize('b', [0,1])
+@both
+def test_R25_batches_of_one_and_of_none(make, b):
+    m,xs = make(b=b)
+    assert all(len(o)==b for o in outputs(m(*xs)))
+    if b: check_grads(m, *xs)
+    else:
+        agrees(m, lambda: [g for g in grads(m, xs)])
+        assert all(g is not None and not g.any() for g in grads(m, xs))
+
+def test_R25_memory_layouts():
+    m,(x,) = vit(3, 2)
+    wide = torch.randn(5, 3, 32, 64, dtype=torch.float64)
+    for o in (x.contiguous(memory_format=torch.channels_last), wide[...,::2], x.transpose(2, 3), x[:1].expand(5, 3, 32, 32)): check_grads(m, o)
+    m,(a,b) = sequence(3, 2)
+    strided = lambda o: o.transpose(0, 2).contiguous().transpose(0, 2)
+    check_grads(m, strided(a), b[:,:1].expand_as(b))
+    check_grads(m, torch.stack((a,b), -1)[...,0], strided(b))
+
+@pytest.mark.parametrize('x, words', [(torch.zeros(2, 3, 32, 32, dtype=torch.uint8),'normalised float images, got torch.uint8'), (torch.zeros(2, 1, 32, 32),'expected 3 channels, got 1'),
+    (torch.zeros(2, 3, 33, 32),'multiples of the patch, 8x8 pixels: got 33x32'), (torch.zeros(3, 32, 32),r'\(B, 3, H, W\), got \(3, 32, 32\)'),
+    (torch.zeros(2, 3, 4, 32, 32),r'\(B, 3, H, W\), got \(2, 3, 4, 32, 32\)')], ids=['uint8','channels','size','no batch','clip'])
+def test_R25_wrong_images_are_refused_in_a_sentence(x, words):
+    with pytest.raises(ValueError, match=words): vit(3, 2, dtype=torch.float32)[0](x)
+
+def test_R25_another_size_of_image():
+    m,_ = vit(3, 2)
+    assert m(*images(2, 64)).shape==(2,5)
+    check_grads(m, *images(2, 48))
+
+@pytest.mark.parametrize('change, words', [(lambda x: x[:2],r'\(5, 3, 8\).* and \(2, 3, 8\)'), (lambda x: x.float(),'float64 .* and .* float32'), (lambda x: x[...,:7],r'and \(5, 3, 7\)')], ids=['batch','dtype','width'])
+def test_R25_streams_that_differ_are_refused(change, words):
+    for m in (stack(3), stack(3).eval().requires_grad_(False)):
+        with pytest.raises(ValueError, match='streams differ: .*'+words): m(streams()[0], change(streams()[1]))
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+@both
+def test_R26_one_bad_sample_leaves_the_others_as_they_were_to_the_bit(make, bad):
+    "In training and evaluation, with and without gradients (a training run that stops by name: notebook 09_training)"
+    m,xs = make(dtype=torch.float32)
+    spoilt = [x.clone() for x in xs]
+    for x in spoilt: x[2] = bad
+    others = [0,1,3,4]
+    for on,training,grad in ((True,True,True),(False,True,True),(True,False,True),(True,False,False)):
+        m.train(training)
+        m.set_reversible(on)
+        with torch.set_grad_enabled(grad): (a,b) = (outputs((torch.manual_seed(0),m(*o))[1]) for o in (xs,spoilt))
+        for p,q in zip(a, b): assert torch.equal(p[others], q[others]) and not q[2].isfinite().all()
+
+@pytest.mark.parametrize('name', timm.list_models('revvit_*'))
+def test_R27_every_registered_model_keeps_timms_habits(name):
+    kw = dict(img_size=32, patch_size=8, embed_dim=48, num_heads=4, depth=3, num_classes=7) # narrow, or the large one would take a minute
+    torch.manual_seed(0)
+    m = timm.create_model(name, drop_path_rate=.2, **kw)
+    x, = images(2, dtype=torch.float32)
+    m.eval()
+    assert m(x[:1]).shape==(1,7) and m(x).isfinite().all()
+    torch.testing.assert_close(m(x[:1].contiguous(memory_format=torch.channels_last)), m(x)[:1], rtol=1e-4, atol=1e-4)
+    m.train()(x).mean().backward()
+    for n,p in m.named_parameters(): assert p.grad is not None and p.grad.isfinite().all(), n
+    m.eval()
+    names,cfg = set(m.state_dict()),m.pretrained_cfg
+    assert cfg['first_conv']+'.weight' in names and cfg['classifier']+'.weight' in names and m.get_classifier() is m.head
+    f = m.forward_features(x)
+    assert f.shape==(2,16,96) and same([m.forward_head(f)], [m(x)])
+    assert m.forward_head(f, pre_logits=True).shape==(2,96)==(2,m.num_features)
+    m.reset_classifier(4)
+    assert m(x).shape==(2,4)
+    m.reset_classifier(0)
+    assert m(x).shape==(2,96)
+    assert m.forward_intermediates(x)[0].shape==f.shape and [o.shape for o in m.forward_intermediates(x, intermediates_only=True)]==3*[(2,96,4,4)]
+    features = timm.create_model(name, features_only=True, **{k:v for k,v in kw.items() if k!='num_classes'})
+    assert [o.shape[1:] for o in features(x)]==[(c,32//r,32//r) for c,r in zip(features.feature_info.channels(), features.feature_info.reduction())]
+    assert timm.create_model(name, **{**kw,'num_classes':0})(x).shape==(2,96)
+    pretrained = timm.get_pretrained_cfg(name)
+    assert pretrained is not None and pretrained.input_size==(3,224,224) and pretrained.num_classes==1000
