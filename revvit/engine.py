@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['chunk_size', 'ReversibleBlock', 'ReversibleSequence']
 
-# %% ../nbs/01_engine.ipynb #b8f91728
+# %% ../nbs/01_engine.ipynb #821e4986
 import torch
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.func import functional_call
 from .coupling import _about, _alike, _checked, couple, uncouple
 
-# %% ../nbs/01_engine.ipynb #d929137b
+# %% ../nbs/01_engine.ipynb #63591e13
 def _rng(device):
     "States of the generators that a computation on `device` may draw from"
     args = () if device.type=='mps' else (device,)
@@ -31,14 +31,14 @@ def _set_rng(device, states):
 
 def _drew(device, before): return not all(torch.equal(a, b) for a,b in zip(before, _rng(device)))
 
-# %% ../nbs/01_engine.ipynb #a39b93b4
+# %% ../nbs/01_engine.ipynb #ab889e17
 def _autocast(device):
     "A maker of contexts that enter autocast as it is now"
     t = device.type
     if not torch.amp.is_autocast_available(t): return nullcontext
     return partial(torch.autocast, t, torch.get_autocast_dtype(t), torch.is_autocast_enabled(t), False)
 
-# %% ../nbs/01_engine.ipynb #d56b3e1f
+# %% ../nbs/01_engine.ipynb #c8da2892
 def chunk_size(
     x:torch.Tensor, # A stream, images first and channels last
     rows:int|None=None, # Rows wanted at a time; by default 1,600 on a CPU and 8,192 elsewhere
@@ -47,7 +47,7 @@ def chunk_size(
     if rows is None: rows = 1600 if x.device.type=='cpu' else 8192
     return max(1, rows*x.shape[-1]*len(x)//max(1, x.numel()))
 
-# %% ../nbs/01_engine.ipynb #98ddc135
+# %% ../nbs/01_engine.ipynb #39398fd5
 def _refuse(name, m):
     "Refuse layers that a repeated pass on part of the batch would get wrong"
     for n,o in m.named_modules():
@@ -57,7 +57,7 @@ def _refuse(name, m):
             raise ValueError(f"{name} holds {'spectral norm' if power else type(o).__name__} ({n or 'itself'}), whose state changes in every forward pass: "
                              "use a layer that treats each image alone, such as LayerNorm or GroupNorm")
 
-# %% ../nbs/01_engine.ipynb #dd07003d
+# %% ../nbs/01_engine.ipynb #c66d3c78
 def _state(t):
     "What changes when the tensor `t` is written to, or given other memory"
     return t.untyped_storage()._cdata,0 if t.is_inference() else t._version
@@ -69,19 +69,21 @@ class _Call:
         self.m,self.name,self.rows,self.scale = m,name,rows,scale
         self.device,self.chunk,self.rng = x.device,chunk or chunk_size(x),None
         self.autocast,self.modes = _autocast(x.device),[o.training for o in m.modules()]
-        self.names,self.params = [n for n,_ in m.named_parameters()],list(m.parameters())
-        self.seen = [(n,t,_state(t)) for n,t in (*m.named_parameters(), *m.named_buffers())]
+        self.amp = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+        params,self.buffers = dict(m.named_parameters()),dict(m.named_buffers())
+        self.names,self.params = list(params),list(params.values())
+        self.seen = [(n,t,_state(t)) for n,t in (*params.items(), *self.buffers.items())]
 
     def parts(self, n):
         "The images to work on, at most `chunk` at a time"
         if self.rows is not None: return self.rows.split(self.chunk)
         return [slice(i, min(n, i+self.chunk)) for i in range(0, max(n, 1), self.chunk)]
 
-# %% ../nbs/01_engine.ipynb #39b30557
+# %% ../nbs/01_engine.ipynb #3c77bac6
 @patch
 def changed(self:_Call):
     "Name of a parameter or buffer that is no longer what it was, if any"
-    now = dict(self.m.named_buffers())
+    now = dict(self.m.named_buffers()) if self.buffers else {}
     return next((n for n,t,v in self.seen if _state(t)!=v or now.get(n, t) is not t), None)
 
 @patch
@@ -93,7 +95,7 @@ def check(self:_Call):
     if self.modes!=[o.training for o in self.m.modules()]:
         raise RuntimeError(f"{self.name} was switched between train() and eval() before backward: switch after it, or call set_reversible(False)")
 
-# %% ../nbs/01_engine.ipynb #882be3a9
+# %% ../nbs/01_engine.ipynb #a0b806b0
 def _take(xs, rows):
     "The images `rows` of each of `xs`, and how many they are; where there are none, the first image in their place"
     parts = [x[rows] for x in xs]
@@ -115,7 +117,7 @@ def scaled(self:_Call, o, n):
     o = o if n else o[:0]
     return o if self.scale==1 else o*self.scale
 
-# %% ../nbs/01_engine.ipynb #d6a3301f
+# %% ../nbs/01_engine.ipynb #41be4c13
 @patch
 def each(self:_Call, *xs):
     "Yield images and the module's output for them, part by part"
@@ -136,7 +138,7 @@ def each(self:_Call, *xs):
     if self.rng is None and _drew(self.device, before):
         raise RuntimeError(f"{self.name} drew random numbers for some images and not for the first: draw for all or none, or call set_reversible(False)")
 
-# %% ../nbs/01_engine.ipynb #8f0fc390
+# %% ../nbs/01_engine.ipynb #fb854db6
 @patch
 @contextmanager
 def replay(self:_Call):
@@ -148,7 +150,7 @@ def replay(self:_Call):
     finally:
         if now: _set_rng(self.device, now)
 
-# %% ../nbs/01_engine.ipynb #84976ff6
+# %% ../nbs/01_engine.ipynb #474457e0
 def _stranger(o, known):
     "A tensor that the gradient of `o` flows to and that is not in `known`, if any"
     todo,seen,known = [o.grad_fn],set(),{id(k) for k in known}
@@ -173,7 +175,7 @@ def vjp(self:_Call, xs, rows, d, params):
     it = iter(grads[len(xs):])
     return o.detach(),[g[:n] if g is not None else None for g in grads[:len(xs)]],[next(it) if p.requires_grad else None for p in params]
 
-# %% ../nbs/01_engine.ipynb #8904c57f
+# %% ../nbs/01_engine.ipynb #565118ad
 def _own(g, taken):
     "`g`, or a copy if its memory serves other tensors (`taken`) or several of its own elements"
     s = g.untyped_storage()
@@ -186,27 +188,41 @@ def _sum(acc, new, taken):
     for i,g in enumerate(new):
         if g is not None: acc[i] = _own(g, taken) if acc[i] is None else acc[i].add_(g)
 
-# %% ../nbs/01_engine.ipynb #65ab908b
+# %% ../nbs/01_engine.ipynb #e954c7d8
+@patch
+def by_hand(self:_Call, x, needs):
+    "May the module's own `undo_` do the backward pass?"
+    if getattr(type(self.m), 'undo_', None) is None or self.rows is not None or self.rng or self.amp or not all(needs): return False
+    return self.m.undoes(x)
+
+# %% ../nbs/01_engine.ipynb #fd2f04d0
 def _add_(x, rows, o, sign=1):
     "`x[rows] += sign*o` in place"
     if isinstance(rows, slice): x[rows].add_(o, alpha=sign)
     else: x.index_add_(0, rows, o.to(x.dtype), alpha=sign)
 
 @patch
+def half_(self:_Call, rows, dst, src, ddst, dsrc, params):
+    "For the images `rows`: undo `dst += m(src)` and add the gradient of `src` to `dsrc`, both in place; the parameters' gradients"
+    o,(gx,),gp = self.vjp((src,), rows, ddst[rows], params)
+    _add_(dst, rows, o, -1)
+    if gx is not None: _add_(dsrc, rows, gx)
+    return gp
+
+@patch
 def back_(self:_Call, dst, src, ddst, dsrc, needs):
-    "Undo `dst += m(src)` and add the gradient of `src` to `dsrc`, both in place; the gradients of the parameters in a list"
+    "The same for all images; the parameters' gradients in a list"
     self.check()
     params = [p.detach().requires_grad_(n) for p,n in zip(self.params, needs)]
-    acc,taken = [None]*len(params),{ddst.untyped_storage().data_ptr()}
+    acc,taken,own = [None]*len(params),{ddst.untyped_storage().data_ptr()},self.by_hand(src, needs)
     for rows in self.parts(len(src)):
-        o,(gx,),gp = self.vjp((src,), rows, ddst[rows], params)
-        _add_(dst, rows, o, -1)
-        if gx is not None: _add_(dsrc, rows, gx)
+        if own: gp = self.m.undo_(self.params, dst[rows], src[rows], ddst[rows], dsrc[rows])
+        else: gp = self.half_(rows, dst, src, ddst, dsrc, params)
         _sum(acc, gp, taken)
-        del o,gx,gp
+        del gp
     return acc
 
-# %% ../nbs/01_engine.ipynb #74001101
+# %% ../nbs/01_engine.ipynb #2c3727b4
 class ReversibleBlock(nn.Module):
     "Two-stream residual block: `y1 = x1 + f(x2)`, then `y2 = x2 + g(y1)`"
     def __init__(self,
@@ -224,7 +240,7 @@ class ReversibleBlock(nn.Module):
 
     def extra_repr(self): return f'drop_path={self.drop_path}, shared_drop_path={self.shared_drop_path}'
 
-# %% ../nbs/01_engine.ipynb #a3c70bca
+# %% ../nbs/01_engine.ipynb #7d54b509
 @patch
 def _survivors(self:ReversibleBlock,
     x:torch.Tensor, # A stream, images first
@@ -235,7 +251,7 @@ def _survivors(self:ReversibleBlock,
     rows = [k.nonzero().squeeze(1).to(x.device) for k in keep]
     return rows[0],rows[-1]
 
-# %% ../nbs/01_engine.ipynb #20999d81
+# %% ../nbs/01_engine.ipynb #650fbc5c
 class _Half:
     "`m` for the images `rows` and zero for the others"
     def __init__(self, m, rows, scale): self.m,self.rows,self.scale = m,rows,scale
@@ -251,7 +267,7 @@ def forward(self:ReversibleBlock, x1:torch.Tensor, x2:torch.Tensor):
     scale = 1/(1-self.drop_path)
     return couple(x1, x2, _Half(self.f, rf, scale), _Half(self.g, rg, scale))
 
-# %% ../nbs/01_engine.ipynb #05c321c7
+# %% ../nbs/01_engine.ipynb #68ba26e5
 @patch
 def inverse(self:ReversibleBlock,
     y1:torch.Tensor, # First output
@@ -264,7 +280,7 @@ def inverse(self:ReversibleBlock,
         raise RuntimeError("drop path or dropout is on, and the inverse does not know what it drew: call eval() first")
     return xs
 
-# %% ../nbs/01_engine.ipynb #754ae87e
+# %% ../nbs/01_engine.ipynb #b418f616
 class _Tape:
     "The two streams on their way back; one for each run forwards"
     def __init__(self, fresh, params=()): self.fresh,self.params,self.y1,self.y2,self.task = fresh,params,None,None,None
@@ -290,7 +306,7 @@ class _Tape:
             self.clear()
             raise
 
-# %% ../nbs/01_engine.ipynb #7495991d
+# %% ../nbs/01_engine.ipynb #045813c3
 class _Enter(Function):
     "Start of a run: streams of its own"
     @staticmethod
@@ -324,7 +340,7 @@ class _Block(Function):
         if not any(ctx.needs_input_grad[:2]): t.clear()
         return d1,d2,None,None,None,*gf,*gg
 
-# %% ../nbs/01_engine.ipynb #ff71ef82
+# %% ../nbs/01_engine.ipynb #6576cfeb
 class _Exit(Function):
     "End of a run: all that is kept"
     @staticmethod
@@ -338,7 +354,7 @@ class _Exit(Function):
         ctx.tape.load(*ctx.saved_tensors)
         return *(d if d is None else d.clone(memory_format=torch.contiguous_format) for d in (d1,d2)),None
 
-# %% ../nbs/01_engine.ipynb #5e7c1ad4
+# %% ../nbs/01_engine.ipynb #e64abd11
 class _Tail(Function):
     "End of a run through a module of both streams"
     @staticmethod
@@ -371,7 +387,7 @@ def _tail_back(call, y1, y2, d, needs):
         del gs,gp
     return d1,d2,acc
 
-# %% ../nbs/01_engine.ipynb #ade7358f
+# %% ../nbs/01_engine.ipynb #3206220d
 class ReversibleSequence(nn.ModuleList):
     "Blocks one after another, their activations rebuilt instead of stored"
     def __init__(self,
@@ -393,7 +409,7 @@ class ReversibleSequence(nn.ModuleList):
         if isinstance(i, slice): part.chunk,part.reversible = self.chunk,self.reversible
         return part
 
-# %% ../nbs/01_engine.ipynb #11f51f0c
+# %% ../nbs/01_engine.ipynb #38e3f693
 @patch
 def _calls(self:ReversibleBlock, i, x, chunk):
     "`f` and `g` of the `i`-th block as calls on images like `x`, with drop path drawn"
@@ -411,7 +427,7 @@ def _run(self:ReversibleSequence, blocks, x1, x2, tail, tape):
     call = _Call(tail, 'the tail', x1, self.chunk)
     return _Tail.apply(x1, x2, tape, call, *call.params)
 
-# %% ../nbs/01_engine.ipynb #5ff400ab
+# %% ../nbs/01_engine.ipynb #1ba86656
 def _plain(block):
     "Must the block go by ordinary autograd?"
     hooks = block._forward_hooks or block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks
@@ -432,7 +448,7 @@ def _reverse(self:ReversibleSequence, x1, x2, tail):
             if last and tail is not None: out = tail(*out)
     return out
 
-# %% ../nbs/01_engine.ipynb #b4977d63
+# %% ../nbs/01_engine.ipynb #7a4acc4a
 @patch
 def _reverses(self:ReversibleSequence, x1, x2):
     "Is there a backward pass to save memory for?"

@@ -6,7 +6,7 @@
 __all__ = ['weighted_sum', 'check_inverse', 'check_grads', 'check_directional', 'saved_bytes', 'peak_bytes', 'live_bytes',
            'per_image', 'drift']
 
-# %% ../nbs/02_testing.ipynb #a2740d50
+# %% ../nbs/02_testing.ipynb #587bac8b
 import gc, random, warnings, weakref
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np, torch
 from torch.profiler import profile, ProfilerActivity
 
-# %% ../nbs/02_testing.ipynb #421997dd
+# %% ../nbs/02_testing.ipynb #f7e3907b
 def _tensors(o):
     "All tensors in `o`: itself, or those of a tuple, list or dict, in order"
     if isinstance(o, torch.Tensor): return [o]
@@ -31,7 +31,7 @@ def weighted_sum(
     if not ts: raise ValueError(f"want a floating-point tensor among the outputs, got {type(out).__name__}")
     return sum((t*torch.randn(t.shape, generator=gen, dtype=torch.float64).to(t)).sum() for t in ts)
 
-# %% ../nbs/02_testing.ipynb #50be7fcc
+# %% ../nbs/02_testing.ipynb #93f2d220
 _TOL = {torch.float64:1e-12, torch.float32:1e-5}
 
 def _tol(tol, dtype):
@@ -53,7 +53,7 @@ def _floor(gs):
     ns = [_norm(g) for g in gs if g is not None]
     return 0.01*(sum(n*n for n in ns)/len(ns))**.5 if ns else 0.
 
-# %% ../nbs/02_testing.ipynb #a125e0fa
+# %% ../nbs/02_testing.ipynb #d28ddaa8
 def _rng():
     "States of all global generators, comparable with `==`"
     kind,key,*rest = np.random.get_state()
@@ -82,7 +82,7 @@ def _restored(module, seed=None):
             setattr(m,k,b)
             b.data.copy_(was)   # through .data, or autograd would count it as a change of the buffer
 
-# %% ../nbs/02_testing.ipynb #5ac764f7
+# %% ../nbs/02_testing.ipynb #66d0095c
 @contextmanager
 def _eval_mode(module):
     "Evaluation mode; each submodule's own mode comes back"
@@ -106,7 +106,7 @@ def _changed(xs, was):
     # to read a tensor whose storage has been emptied would crash the process
     return [i for i,(x,w) in enumerate(zip(xs,was)) if x.untyped_storage().nbytes()==0<w.numel() or not torch.equal(x,w)]
 
-# %% ../nbs/02_testing.ipynb #0fed5e6f
+# %% ../nbs/02_testing.ipynb #95adbe63
 def check_inverse(
     seq:torch.nn.Module, # With `seq(x1,x2)` and `seq.inverse(y1,y2)`; runs in evaluation mode
     x1:torch.Tensor, # First stream
@@ -127,7 +127,7 @@ def check_inverse(
         if not e <= (t:=_tol(tol,x.dtype)): raise AssertionError(f"x{i} comes back with an error of {e:.2g} of its largest value; the limit is {t:g}")
     return max(errs)
 
-# %% ../nbs/02_testing.ipynb #82aa7adf
+# %% ../nbs/02_testing.ipynb #dd083dcf
 _WAYS = 'autograd.grad', 'backward()', 'backward() with inputs that need no gradient', 'backward() after another forward'
 
 def _gradients(total, leaves, way):
@@ -157,7 +157,7 @@ def _run(fn, owner, inputs, loss, seed, way):
         named = {**{f'output {i}':o for i,o in enumerate(was)}, **{f'gradient of {k}':g for k,g in grads.items()}}
         return SimpleNamespace(rng=rng, side=side, named={**named, **{f'buffer {k}':b.detach().clone() for k,b in owner.named_buffers()}})
 
-# %% ../nbs/02_testing.ipynb #81f2dcdb
+# %% ../nbs/02_testing.ipynb #150b88be
 def _compare(got, want, tol=None):
     "Relative errors of the named tensors `got`, and a sentence for each that is wrong"
     errs,bad = {},[]
@@ -173,7 +173,7 @@ def _compare(got, want, tol=None):
             if not errs[k] <= limit: bad.append(f"{k} has a relative error of {errs[k]:.2g}; the limit is {limit:g}")
     return errs,bad
 
-# %% ../nbs/02_testing.ipynb #e616f733
+# %% ../nbs/02_testing.ipynb #a9fb643d
 @contextmanager
 def _switched(module, on):
     "Reversible mode `on` or off in every part of `module` that has it, put back afterwards"
@@ -191,7 +191,7 @@ def _same_weights(module, other):
     for k in a:
         if not torch.equal(a[k],b[k]): raise ValueError(f"parameter {k} of the reference has another value")
 
-# %% ../nbs/02_testing.ipynb #3ff19761
+# %% ../nbs/02_testing.ipynb #fe35ab98
 def check_grads(
     module:torch.nn.Module, # The candidate; its mode, `.grad`, buffers and the global random states come back
     *inputs:torch.Tensor, # What it is called with: a batch of images, or two different streams
@@ -218,7 +218,7 @@ def check_grads(
         worst = max(worst, *errs.values())
     return worst
 
-# %% ../nbs/02_testing.ipynb #cf0f784b
+# %% ../nbs/02_testing.ipynb #35013b10
 def _direction(g, gen):
     "Random direction of length 1, not nearly perpendicular to `g`"
     while True:
@@ -235,7 +235,7 @@ def _slope(value, t, v, step):
     finally:
         with torch.no_grad(): t.copy_(was)
 
-# %% ../nbs/02_testing.ipynb #e80792a5
+# %% ../nbs/02_testing.ipynb #edad300d
 def check_directional(
     module:torch.nn.Module, # With float64 parameters; left as it was
     *inputs:torch.Tensor, # What it is called with, in float64
@@ -264,7 +264,7 @@ def check_directional(
         worst = max(worst, err)
     return worst
 
-# %% ../nbs/02_testing.ipynb #b1340f8a
+# %% ../nbs/02_testing.ipynb #0ba200d0
 class _Saved:
     "Box around a tensor that autograd keeps"
     def __init__(self, t): self.t = t
@@ -285,7 +285,7 @@ def saved_bytes(
     sizes = {s.data_ptr():s.nbytes() for s in (b.t.untyped_storage() for b in boxes)}
     return sum(n for p,n in sizes.items() if p not in skip)
 
-# %% ../nbs/02_testing.ipynb #2e6e582e
+# %% ../nbs/02_testing.ipynb #6b7bbac2
 def _events(es):
     "Time, address and size of the CPU's allocations and releases in a tree of profiler events"
     for e in es:
@@ -303,7 +303,7 @@ def _trace(fn):
         res.append(res[-1]+n)
     return res
 
-# %% ../nbs/02_testing.ipynb #39092afb
+# %% ../nbs/02_testing.ipynb #a45abcda
 def _cuda(fn, device):
     "Peak and live bytes on a CUDA device, above what lived before"
     gc.collect()
@@ -336,7 +336,7 @@ def per_image(
     if b1>=b2: raise ValueError(f"want b1 < b2, got {b1} and {b2}")
     return (measure(b2)-measure(b1)) / (b2-b1)
 
-# %% ../nbs/02_testing.ipynb #0db92c91
+# %% ../nbs/02_testing.ipynb #0484aee3
 def drift(
     seq:torch.nn.Module, # Iterates over its blocks; each is called `(x1,x2)` and has `inverse(y1,y2)`
     x1:torch.Tensor, # First stream
