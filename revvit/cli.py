@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['command', 'revvit_train', 'revvit_predict']
 
-# %% ../nbs/11_cli.ipynb #8c6aa0c5
+# %% ../nbs/11_cli.ipynb #f0aeb6c7
 import argparse, itertools, os, platform, shlex, sys, time, warnings
 from dataclasses import asdict
 from functools import wraps
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import get_args
 from fastcore.docments import docments
 
-# %% ../nbs/11_cli.ipynb #1bebd728
+# %% ../nbs/11_cli.ipynb #9cd23c57
 class _Parser(argparse.ArgumentParser):
     "A parser that raises its errors; argparse would print its usage and leave"
     def error(self, message): raise ValueError(f"{message} (see {self.prog} --help)")
@@ -32,7 +32,7 @@ def _parser(func):
             p.add_argument(flag, type=type, default=v.default, metavar=word, help=doc + ('' if v.default is None else f' (default: {v.default})'))
     return p
 
-# %% ../nbs/11_cli.ipynb #c9543c34
+# %% ../nbs/11_cli.ipynb #edab93bc
 def _sentence(e):
     "What went wrong, in one line, for the person who typed the command"
     s = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename and e.strerror else str(e)
@@ -52,7 +52,7 @@ def command(func):
         return code
     return _run
 
-# %% ../nbs/11_cli.ipynb #9d24cf69
+# %% ../nbs/11_cli.ipynb #f8012a07
 def _claim(out, name):
     "A new folder for a run"
     if out is not None:
@@ -71,7 +71,7 @@ def _newest(name='checkpoint.pth'):
     if not found: raise ValueError(f"no {name} under runs/ yet: run revvit_train first, or name a file with --weights")
     return max(found, key=os.path.getmtime)
 
-# %% ../nbs/11_cli.ipynb #d2f98def
+# %% ../nbs/11_cli.ipynb #0864760e
 def _write(path, text):
     "Write a small file in one step"
     new = path.with_name(f'.{path.name}.tmp')
@@ -85,7 +85,7 @@ def _config(r, learn, **kwargs):
            'training images': len(learn.dls.train_ds), 'test images': len(learn.dls.valid_ds), 'versions': dict(revvit=revvit.__version__, torch=torch.__version__, timm=timm.__version__, fastai=fastai.__version__, python=platform.python_version())}
     return cfg
 
-# %% ../nbs/11_cli.ipynb #9e5ce160
+# %% ../nbs/11_cli.ipynb #a2679be2
 def _fit(learn, epochs, ckpt):
     "Train; on Ctrl-C say what is left. Returns the seconds it took"
     t = time.time()
@@ -105,26 +105,30 @@ def _sample_digit(out):
     Image.fromarray(images[i]).save(out/f'digit_{labels[i]}.png')
     return out/f'digit_{labels[i]}.png'
 
-# %% ../nbs/11_cli.ipynb #34cd2260
+# %% ../nbs/11_cli.ipynb #d2ca001c
 @command
 def revvit_train(
     recipe:str='digits', # What to train; there is: digits
     out:Path|None=None, # Folder for the results, new or empty; by default runs/RECIPE, then runs/RECIPE-2, ...
-    epochs:int|None=None, # Passes over the training images; by default the recipe's
-    batch_size:int|None=None, # Images a step; by default the recipe's. Without --lr, the learning rate changes in proportion
-    lr:float|None=None, # Highest learning rate of AdamW, reached after the warm-up; by default the recipe's
+    epochs:int|None=None, # Passes over the training images; by default the recipe's (digits: 60)
+    batch_size:int|None=None, # Images a step; by default the recipe's (digits: 64). Without --lr, the learning rate changes in proportion
+    lr:float|None=None, # Highest learning rate of AdamW, reached after the warm-up; by default the recipe's (digits: 0.004)
+    threads:int|None=None, # CPU threads; by default the recipe's: 1 for the digits, whose matrices are too small to share
     workers:int=0, # Processes that read images; 0 reads in the main process
     seed:int=0, # Of the starting weights, the order of the images, augmentation and drop path
     amp:str='auto', # Mixed precision on a GPU: bf16, fp16, off, or auto for the best it has; float32 on a CPU
     weights:Path|None=None, # Checkpoint of the same model to start from; by default random weights
 ):
     "Train a reversible vision transformer; without arguments, on handwritten digits that come with the package."
+    import torch
     from revvit.training import learner, plot_history, recipe_dls, recipe_model, recipes, record_run
     from revvit.checkpoints import load_checkpoint
     if recipe not in recipes: raise ValueError(f"there is no recipe {recipe!r}; there is: {', '.join(recipes)}")
     if workers<0: raise ValueError(f"workers must be 0 or more, got {workers}")
     if not 0<=seed<2**32: raise ValueError(f"seed must be from 0 to {2**32-1}, got {seed}")
+    if threads is not None and threads<1: raise ValueError(f"threads must be 1 or more, got {threads}")
     r = recipes[recipe].changed(epochs=epochs, batch_size=batch_size, lr=lr)
+    if threads or r.threads: torch.set_num_threads(threads or r.threads)
     dls = recipe_dls(r, workers=workers, seed=seed)
     model = recipe_model(r, len(dls.vocab), seed)
     if weights: print(load_checkpoint(model, weights))
@@ -136,11 +140,12 @@ def revvit_train(
     _write(out/'config.json', dumps(cfg, indent=1))
     took = _fit(learn, r.epochs, out/'checkpoint.pth')
     plot_history(learn, out/'history.png')
+    sample = _sample_digit(out)
     print(f"{100*learn.recorder.values[-1][2]:.2f} % of {len(dls.valid_ds)} test images right, {took:.0f} s of training; in {out}: {', '.join(sorted(o.name for o in out.iterdir()))}")
     elsewhere = '' if out.parent==Path('runs') else f" --weights {shlex.quote(str(out/'checkpoint.pth'))}"
-    print(f"Now try: revvit_predict {shlex.quote(str(_sample_digit(out)))}{elsewhere}")
+    print(f"Now try: revvit_predict {shlex.quote(str(sample))}{elsewhere}")
 
-# %% ../nbs/11_cli.ipynb #fd2370e5
+# %% ../nbs/11_cli.ipynb #a5a275c3
 def _model_for(weights, name):
     "The model in a checkpoint of ours, or model `name` with the weights of a published file"
     from revvit.checkpoints import load_checkpoint, load_model, read_checkpoint

@@ -6,7 +6,7 @@
 __all__ = ['recipes', 'Recipe', 'recipe_model', 'recipe_dls', 'warmup_cosine', 'SeedRun', 'NonFiniteError', 'StopOnNonFinite',
            'SaveCheckpoint', 'RunLog', 'set_amp', 'record_run', 'learner', 'plot_history']
 
-# %% ../nbs/09_training.ipynb #be532b74
+# %% ../nbs/09_training.ipynb #21a5c705
 import math, random
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +20,7 @@ from fastai.vision.all import (Callback, CSVLogger, GradientClip, LabelSmoothing
 from .checkpoints import save_checkpoint
 from .images import digits_cfg, digits_dls
 
-# %% ../nbs/09_training.ipynb #a01f70f1
+# %% ../nbs/09_training.ipynb #4a96da86
 @dataclass(frozen=True)
 class Recipe:
     "What decides a training run, apart from the seed"
@@ -39,6 +39,7 @@ class Recipe:
     smoothing:float=.1 # Share of the target spread evenly over all classes, from 0 to below 1
     betas:tuple=(.9,.999) # AdamW's memory of gradients and of their squares
     eps:float=1e-8 # AdamW's guard against dividing by zero
+    threads:int|None=None # CPU threads that the command uses; None leaves the choice to PyTorch
     def __post_init__(self):
         for k in ('epochs','batch_size'):
             if not isinstance(v:=getattr(self,k), int) or v<1: raise ValueError(f"{k} must be a whole number above 0, got {v!r}")
@@ -47,7 +48,7 @@ class Recipe:
         for k,top in dict(warmup=1, smoothing=1, warmup_lr=math.inf, final_lr=math.inf, weight_decay=math.inf).items():
             if not 0<=(v:=getattr(self,k))<top: raise ValueError(f"{k} must be from 0 to below {top}, got {v!r}")
 
-# %% ../nbs/09_training.ipynb #276529c6
+# %% ../nbs/09_training.ipynb #eb9af8a4
 @patch
 def changed(self:Recipe,
     epochs:int|None=None, # None keeps the recipe's
@@ -58,10 +59,10 @@ def changed(self:Recipe,
     r = replace(self, epochs=self.epochs if epochs is None else epochs, batch_size=self.batch_size if batch_size is None else batch_size)
     return replace(r, lr=self.lr*r.batch_size/self.batch_size if lr is None else lr)
 
-# %% ../nbs/09_training.ipynb #06969e4c
+# %% ../nbs/09_training.ipynb #103b95ff
 recipes = dict(
     digits=Recipe('digits', 'revvit_tiny_patch16_224', dict(patch_size=4, embed_dim=64, num_heads=4, depth=4, mlp_ratio=2.), digits_cfg,
-        epochs=60, batch_size=64, lr=4e-3, warmup=.1, weight_decay=.2))
+        epochs=60, batch_size=64, lr=4e-3, warmup=.1, weight_decay=.2, threads=1))
 
 def recipe_model(
     recipe:Recipe, # Names the model
@@ -80,7 +81,7 @@ def recipe_dls(
     "The recipe's data"
     return dict(digits=digits_dls)[recipe.data](bs=recipe.batch_size, **kwargs)
 
-# %% ../nbs/09_training.ipynb #dc79119b
+# %% ../nbs/09_training.ipynb #88dd1cbc
 def warmup_cosine(
     pos:float, # Part of the run that is done, 0 to 1
     lr:float, # Highest rate
@@ -92,7 +93,7 @@ def warmup_cosine(
     if pos<warmup: return warmup_lr + (lr-warmup_lr)*pos/warmup
     return final_lr + (lr-final_lr)*(1+math.cos(math.pi*(pos-warmup)/(1-warmup)))/2
 
-# %% ../nbs/09_training.ipynb #af124bdb
+# %% ../nbs/09_training.ipynb #67e7339b
 class SeedRun(Callback):
     "Start every `fit` from one seed: Python, NumPy, PyTorch, and the order of the training items"
     order = -20
@@ -104,7 +105,7 @@ class SeedRun(Callback):
             self.dls.train.rng = random.Random(self.seed)
         self.fresh = False
 
-# %% ../nbs/09_training.ipynb #a234e26a
+# %% ../nbs/09_training.ipynb #06268ff0
 class NonFiniteError(FloatingPointError):
     "Training met a loss or gradient that is infinite or not a number"
     def __init__(self, said): super().__init__(said); self.said = said
@@ -118,7 +119,7 @@ def _first_bad(named):
         rows = bad.any(1).nonzero().flatten().tolist() if n.startswith(('input','target')) and t.ndim>1 else None
         return n if rows is None else f"{n} (items {', '.join(map(str, rows[:5]))}{', ...' if len(rows)>5 else ''} of the batch)"
 
-# %% ../nbs/09_training.ipynb #9b851296
+# %% ../nbs/09_training.ipynb #a8fa8045
 class StopOnNonFinite(Callback):
     "Stop before the optimizer step when the loss or a gradient is infinite or NaN"
     order,run_valid = MixedPrecision.order+.5,False
@@ -135,7 +136,7 @@ class StopOnNonFinite(Callback):
         self.opt.zero_grad()
         raise NonFiniteError(f"step {self.train_iter+1} (epoch {self.epoch}): {what} is not finite; stopped before the optimizer step, the weights are those of step {self.train_iter}")
 
-# %% ../nbs/09_training.ipynb #fcf0ba89
+# %% ../nbs/09_training.ipynb #853151a2
 class SaveCheckpoint(Callback):
     "Write the model to `path` after each epoch that trained"
     order = CSVLogger.order+1
@@ -148,7 +149,7 @@ class SaveCheckpoint(Callback):
         if self.trained: save_checkpoint(self.model, self.path, **self.kwargs)   # `get_preds` and `validate` also end an epoch
         self.trained = False
 
-# %% ../nbs/09_training.ipynb #a559ae87
+# %% ../nbs/09_training.ipynb #d85b6668
 class RunLog(CSVLogger):
     "fastai's log of a run, `history.csv`, that a validation does not overwrite"
     def before_fit(self): self.opened = False
@@ -158,7 +159,7 @@ class RunLog(CSVLogger):
     def after_fit(self):
         if self.opened: super().after_fit()
 
-# %% ../nbs/09_training.ipynb #13efde32
+# %% ../nbs/09_training.ipynb #063188b0
 def set_amp(
     learn:Learner, # Changed in place
     amp:str='auto', # 'bf16', 'fp16', 'off', or 'auto' for the best that the device has
@@ -170,6 +171,7 @@ def set_amp(
     if amp!='off' and not cuda: raise ValueError(f"amp={amp!r} needs a CUDA device: on {learn.dls.device} fastai would silently train in float32")
     return learn if amp=='off' else learn.to_bf16() if amp=='bf16' else learn.to_fp16()
 
+# %% ../nbs/09_training.ipynb #436e0f8f
 def record_run(
     learn:Learner, # Gets callbacks that write
     out:str|Path, # Folder for `checkpoint.pth` and `history.csv`, made if need be
@@ -181,7 +183,7 @@ def record_run(
     save = SaveCheckpoint(learn.path/'checkpoint.pth', class_names=list(learn.dls.vocab), input_settings=image_cfg)
     return learn.add_cbs([RunLog(), save])
 
-# %% ../nbs/09_training.ipynb #6901b6a6
+# %% ../nbs/09_training.ipynb #1b2fe73a
 def learner(
     dls, # fastai `DataLoaders` with a `vocab`
     recipe:Recipe, # What to do
@@ -202,7 +204,7 @@ def learner(
     if out: record_run(learn, out, recipe.image_cfg)
     return set_amp(learn, amp)
 
-# %% ../nbs/09_training.ipynb #a4dff35a
+# %% ../nbs/09_training.ipynb #13a36168
 def plot_history(
     learn:Learner, # After `fit`
     path:str|Path|None=None, # Image file to write; None for none

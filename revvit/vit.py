@@ -6,7 +6,7 @@
 __all__ = ['vit_sizes', 'ViTSize', 'drop_path_rates', 'vit_block', 'RevViT', 'checkpoint_filter_fn', 'revvit_tiny_patch16_224',
            'revvit_small_patch16_224', 'revvit_base_patch16_224', 'revvit_large_patch16_224']
 
-# %% ../nbs/04_vit.ipynb #cbdc3cec
+# %% ../nbs/04_vit.ipynb #f485d754
 import math, re
 from dataclasses import asdict, dataclass
 import torch
@@ -19,7 +19,7 @@ from timm.models._features import feature_take_indices
 from .engine import ReversibleBlock, ReversibleSequence
 from .layers import PatchEmbed, PooledFusion, StreamFusion, attention_half, mlp_half
 
-# %% ../nbs/04_vit.ipynb #c6c4f740
+# %% ../nbs/04_vit.ipynb #879c03d6
 @dataclass(frozen=True)
 class ViTSize:
     "Width, heads and depth of a Rev-ViT"
@@ -33,7 +33,7 @@ class ViTSize:
 
 vit_sizes = dict(tiny=ViTSize(192, 3, 12), small=ViTSize(384, 6, 12), base=ViTSize(768, 12, 12), large=ViTSize(1024, 16, 24))
 
-# %% ../nbs/04_vit.ipynb #b004375d
+# %% ../nbs/04_vit.ipynb #f5e3734b
 def drop_path_rates(
     rate:float, # Of the last block, 0 to below 1
     depth:int, # Blocks
@@ -41,7 +41,7 @@ def drop_path_rates(
     "Drop path rate of each block"
     return [rate*i/max(1, depth-1) for i in range(depth)]
 
-# %% ../nbs/04_vit.ipynb #15cd1767
+# %% ../nbs/04_vit.ipynb #87aa5136
 def vit_block(
     dim:int, # Width of a token
     num_heads:int, # Attention heads
@@ -54,7 +54,7 @@ def vit_block(
     "Reversible block of attention and MLP, each after a layer norm"
     return ReversibleBlock(attention_half(dim, num_heads, qkv_bias, attn_drop, proj_drop), mlp_half(dim, mlp_ratio, proj_drop), **kwargs)
 
-# %% ../nbs/04_vit.ipynb #5140d44c
+# %% ../nbs/04_vit.ipynb #f93bebdf
 register_notrace_module(ReversibleSequence)
 
 class RevViT(nn.Module):
@@ -89,7 +89,7 @@ class RevViT(nn.Module):
         self.reset_classifier(num_classes, global_pool)
         self.init_weights()
 
-# %% ../nbs/04_vit.ipynb #069396c6
+# %% ../nbs/04_vit.ipynb #8dcd68a0
 def _init_linear(m):
     "Start of a linear layer"
     if not isinstance(m, nn.Linear): return
@@ -102,7 +102,7 @@ def init_weights(self:RevViT):
     trunc_normal_(self.pos_embed, std=.02)
     self.apply(_init_linear)
 
-# %% ../nbs/04_vit.ipynb #bc1c4cde
+# %% ../nbs/04_vit.ipynb #c06cc6df
 @patch
 def reset_classifier(self:RevViT,
     num_classes:int, # Classes; 0 for no classifier
@@ -121,7 +121,7 @@ def reset_classifier(self:RevViT,
 @patch
 def get_classifier(self:RevViT): return self.head
 
-# %% ../nbs/04_vit.ipynb #64c5b494
+# %% ../nbs/04_vit.ipynb #0c967ce6
 @patch
 def tokens(self:RevViT, x:torch.Tensor):
     "Patch and position embedding of images: (B, C, H, W) to (B, N, D)"
@@ -129,7 +129,7 @@ def tokens(self:RevViT, x:torch.Tensor):
     pos = resample_abs_pos_embed(self.pos_embed, self.patch_embed.dynamic_feat_size(x.shape[-2:]), self.patch_embed.grid_size, 0)
     return t + pos
 
-# %% ../nbs/04_vit.ipynb #3b898f04
+# %% ../nbs/04_vit.ipynb #5661423c
 @patch
 def forward_features(self:RevViT, x:torch.Tensor):
     "Normed tokens of both streams: (B, N, 2*embed_dim)"
@@ -150,7 +150,7 @@ def forward(self:RevViT, x:torch.Tensor):
     t = self.tokens(x)
     return self.head(self.head_drop(self.blocks(t, t, tail=self.neck)))
 
-# %% ../nbs/04_vit.ipynb #5af4e042
+# %% ../nbs/04_vit.ipynb #142c6aed
 @patch
 def set_reversible(self:RevViT,
     on:bool=True, # `False` stores activations, as any other model does
@@ -165,13 +165,13 @@ def set_grad_checkpointing(self:RevViT,
     "timm's name for `set_reversible`"
     self.set_reversible(enable)
 
-# %% ../nbs/04_vit.ipynb #69264624
+# %% ../nbs/04_vit.ipynb #fcee56d7
 @patch(as_prop=True)
 def feature_info(self:RevViT):
     "Name, width and stride of the feature map after each block"
     return [dict(module=f'blocks.{i}', num_chs=self.num_features, reduction=max(self.patch_embed.patch_size)) for i in range(len(self.blocks))]
 
-# %% ../nbs/04_vit.ipynb #5c2579dc
+# %% ../nbs/04_vit.ipynb #d0299599
 @patch
 def forward_intermediates(self:RevViT, x:torch.Tensor,
     indices:int|list|None=None, # Blocks: the last n if an int, all if None, negative ones count from the end
@@ -195,7 +195,7 @@ def forward_intermediates(self:RevViT, x:torch.Tensor,
     rest = self.blocks[done:done if stop_early else None]
     return rest(x1, x2, tail=self.neck.fusion),out
 
-# %% ../nbs/04_vit.ipynb #ccf922da
+# %% ../nbs/04_vit.ipynb #7bb9cf5d
 @patch
 def prune_intermediate_layers(self:RevViT,
     indices:int|list=1, # Blocks, as in `forward_intermediates`
@@ -210,7 +210,7 @@ def prune_intermediate_layers(self:RevViT,
     if prune_head: self.reset_classifier(0, '')
     return take
 
-# %% ../nbs/04_vit.ipynb #4f8f85b4
+# %% ../nbs/04_vit.ipynb #a16675f0
 @patch
 def no_weight_decay(self:RevViT): return set()
 
@@ -221,7 +221,7 @@ def group_matcher(self:RevViT,
     "Patterns that sort the parameters by depth"
     return dict(stem=r'^pos_embed|^patch_embed', blocks=[(r'^blocks\.(\d+)', None), (r'^neck', (99999,))])
 
-# %% ../nbs/04_vit.ipynb #0995f7ea
+# %% ../nbs/04_vit.ipynb #0a744b6f
 _names = [(re.compile(a), b) for a,b in (
     (r'^backbone\.(?=pos_embed|patch_embed|layers|ln1)', ''),
     (r'^patch_embed\.projection\.', 'patch_embed.proj.'),
@@ -244,7 +244,7 @@ def _our_name(
     for pattern,new in _names: name = pattern.sub(new, name)
     return name
 
-# %% ../nbs/04_vit.ipynb #cd00c320
+# %% ../nbs/04_vit.ipynb #df6234dc
 def _join_qkv(
     tensors:dict, # Tensors by our names, perhaps with `q`, `k`, `v` apart
 )->dict: # The same, with `qkv` where all three were there
@@ -255,7 +255,7 @@ def _join_qkv(
         if all(o in tensors for o in parts): tensors[name.replace('.fn.q.', '.fn.qkv.')] = torch.cat([tensors.pop(o) for o in parts])
     return tensors
 
-# %% ../nbs/04_vit.ipynb #dc3f57db
+# %% ../nbs/04_vit.ipynb #91f56e33
 def _unwrap(
     content:dict, # What a file holds
 )->dict: # Tensors by name
@@ -265,7 +265,7 @@ def _unwrap(
         raise ValueError(f"expected tensors by name, alone or under model_state, state_dict or model, but found {', '.join(map(str, list(tensors)[:5])) or 'nothing'}")
     return clean_state_dict(tensors)
 
-# %% ../nbs/04_vit.ipynb #bf4bbab7
+# %% ../nbs/04_vit.ipynb #108f9972
 def checkpoint_filter_fn(
     state_dict:dict, # Content of a file: tensors by name, or a dictionary that holds them
     model:RevViT, # For its patch grid
@@ -283,7 +283,7 @@ def _grid_of(n, new):
     "Patch grid that `n` position vectors were made for, as far as one can tell: the model's own, or a square"
     return new if n==new[0]*new[1] else (math.isqrt(n),)*2
 
-# %% ../nbs/04_vit.ipynb #13e4882e
+# %% ../nbs/04_vit.ipynb #02ad4378
 def _cfg(url='', **kwargs):
     "timm's description of weights and of the images they were trained for"
     return dict(url=url, num_classes=1000, input_size=(3,224,224), pool_size=None, fixed_input_size=True, crop_pct=.875, interpolation='bicubic',
@@ -296,7 +296,7 @@ default_cfgs = generate_default_cfgs({
     'revvit_base_patch16_224.fb_in1k': _cfg('https://dl.fbaipublicfiles.com/pyslowfast/rev/REV_VIT_B.pyth'),
     'revvit_large_patch16_224': _cfg()})
 
-# %% ../nbs/04_vit.ipynb #20bb7a3f
+# %% ../nbs/04_vit.ipynb #eefa17ab
 def _create(variant, size, pretrained=False, **kwargs):
     "A registered model: `size` with `kwargs` on top"
     return build_model_with_cfg(RevViT, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn,

@@ -56,14 +56,14 @@ def sequence(depth, chunk, rate=1, dtype=torch.float64, b=5): return stack(depth
 def tailed(depth, chunk, rate=1, dtype=torch.float64, b=5):
     blocks = stack(depth, .3*rate, .2*rate, chunk)
     return Tailed(blocks, Fuse(p=.3*rate)).to(dtype),streams(b, dtype=dtype)
-def vit(depth, chunk, rate=1, dtype=torch.float64, b=5, dim=32, heads=2, **kw):
+def vit(depth, chunk, rate=1, dtype=torch.float64, b=5, dim=32, heads=2, drop=.3, **kw):
     torch.manual_seed(depth)
     m = RevViT(img_size=32, patch_size=8, embed_dim=dim, num_heads=heads, depth=depth, num_classes=5, chunk=chunk,
-               drop_path_rate=.2*rate, proj_drop_rate=.3*rate, attn_drop_rate=.3*rate, drop_rate=.3*rate, **kw)
+               drop_path_rate=.2*rate, proj_drop_rate=drop*rate, attn_drop_rate=.3*rate, drop_rate=.3*rate, **kw)
     return m.to(dtype),images(b, dtype=dtype)
 
 CASES = dict(sequence3=partial(sequence, 3, 2), sequence4=partial(sequence, 4, None), tail3=partial(tailed, 3, 2), tail4=partial(tailed, 4, None),
-             vit3=partial(vit, 3, 2), vit4=partial(vit, 4, None, dim=48, heads=4, shared_drop_path=True))
+             vit3=partial(vit, 3, 2), vit4=partial(vit, 4, None, dim=48, heads=4, drop=0, shared_drop_path=True))
 both = pytest.mark.parametrize('make', CASES.values(), ids=CASES.keys())
 two = pytest.mark.parametrize('make', [CASES['tail3'], CASES['vit4']], ids=['tail3','vit4'])
 
@@ -763,8 +763,11 @@ def test_backward_in_inference_mode_or_inside_another_is_refused():
     loss = loss_of(m, xs)
     with torch.no_grad(): agrees(m, lambda: [torch.autograd.grad(loss, needing(m), retain_graph=True)[0]])
     with torch.inference_mode(), pytest.raises(RuntimeError, match=f'in inference_mode.*{REMEDY}'): loss.backward(retain_graph=True)
-    hook = m[2].f.norm.weight.register_hook(lambda g: torch.autograd.grad(loss, needing(m), retain_graph=True) and None)
-    with pytest.raises(RuntimeError, match='two backward passes through one reversible run at a time|maximum recursion'): loss.backward(retain_graph=True)
+    inner = []
+    def hook(g):
+        if not inner: inner.append(1); torch.autograd.grad(loss, needing(m), retain_graph=True)
+    hook = m[2].f.norm.weight.register_hook(hook)
+    with pytest.raises(RuntimeError, match='two backward passes through one reversible run at a time'): loss.backward(retain_graph=True)
     hook.remove()
     assert all(p.grad is None for p in m.parameters())
     assert same(torch.autograd.grad(loss, needing(m)), grads(m, xs))
@@ -782,7 +785,7 @@ def test_an_interrupt_and_a_hooked_block_leave_no_gradients_either(fault):
 def test_wrong_blocks_and_tails_are_refused_in_a_sentence():
     for call,words in ((lambda: ReversibleBlock(torch.square, nn.GELU()),'f must be a module, got'), (lambda: ReversibleSequence([], chunk=0),'at least 1 image, got 0'),
         (lambda: ReversibleBlock(mlp(), mlp(), 1.),'at least 0 and below 1, got 1.0'), (lambda: stack(2)(*streams(), tail=lambda a,b: a+b),'tail must be a module, got function'),
-        (lambda: stack(2)(*streams(), tail=nn.CosineSimilarity(0)),'one tensor with a row for each image'), (lambda: stack(2, make=lambda i: (nn.Linear(8, 7),mlp()))(*streams()),r'f of block 0 returned \(5, 3, 7\)'),
+        (lambda: stack(2)(*streams(), tail=nn.CosineSimilarity(0)),'one tensor with a row for each image'), (lambda: stack(2, make=lambda i: (nn.Linear(8, 7),mlp()))(*streams()),r'f of block 0 returned .* 3, 7\)'),
         (lambda: stack(2, make=lambda i: (mlp(),nn.ReLU(inplace=True)))(*streams()),'g of block 0 changed its input in place'), (lambda: stack(2, .3)[0].inverse(*streams()),r'call eval\(\) first')):
         with pytest.raises((ValueError,RuntimeError), match=words): call()
 
@@ -877,14 +880,16 @@ def test_torch_func(make):
     assert error(torch.func.grad(loss)(weights).values(), want) < 1e-12
     each = torch.func.vmap(lambda *o: outputs(m(*(x[None] for x in o)))[0][0])(*xs)
     assert error([each], outputs(m(*xs))[:1]) < 1e-12
-    inner = {k:v*1.1 for k,v in m.named_parameters()} # an inner step, as in meta-learning
+    # weights that come from others, as in meta-learning
     agrees(m, lambda: torch.autograd.grad(loss({k:v*1.1 for k,v in m.named_parameters()}), needing(m)))
 
-@pytest.mark.parametrize('context', [torch.autograd.detect_anomaly, partial(torch.utils.deterministic.fill_uninitialized_memory.__class__) if False else nullcontext])
-def test_anomaly_mode(context):
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        with context(): check_grads(*(lambda m,xs: (m,*xs))(*tailed(3, 2)))
+@pytest.mark.filterwarnings('ignore') # they are its messages
+def test_anomaly_mode():
+    m,xs = tailed(3, 2)
+    with torch.autograd.detect_anomaly():
+        check_grads(m, *xs)
+        xs[1][0] = float('nan')
+        with pytest.raises(RuntimeError, match='returned nan'): loss_of(m, xs).backward()
 
 @contextmanager
 def default_dtype(dtype):
@@ -944,7 +949,7 @@ def test_autocast_switched_inside_f():
         def forward(self, x):
             with torch.autocast('cpu', enabled=False): x = self.a(x)
             return self.b(x)
-    m,xs = stack(3, make=lambda i: (Careful(),mlp()), dtype=torch.float32),streams(dtype=torch.float32)
+    m,xs = stack(3, make=lambda i: (Careful(),mlp()), chunk=None, dtype=torch.float32),streams(dtype=torch.float32)
     def run():
         with torch.autocast('cpu', torch.bfloat16): return grads(m, xs)
     agrees(m, run, 1e-6)
