@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['CheckpointError', 'read_checkpoint', 'save_checkpoint', 'LoadReport', 'load_checkpoint', 'load_model']
 
-# %% ../nbs/06_checkpoints.ipynb #45582260
+# %% ../nbs/06_checkpoints.ipynb #ffccc9bc
 import hashlib, os, platform, re, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
+from torch import nn
 from timm.data import resolve_data_config
-from timm.layers import to_2tuple
-from .vit import RevViT, _grid_of, _unwrap, checkpoint_filter_fn
+from . import mvit, vit
+from .mvit import RevMViT
+from .vit import RevViT, _grid_of, _unwrap
 
-# %% ../nbs/06_checkpoints.ipynb #6811e623
+# %% ../nbs/06_checkpoints.ipynb #4905cecf
 class CheckpointError(ValueError):
     "A checkpoint that cannot be read, does not fit, or cannot be written"
 
@@ -30,7 +32,7 @@ def _reason(
     if start.startswith(b'version https://git-lfs'): return "it is a Git LFS pointer, not the weights themselves"
     return "it is damaged or incomplete" if start.startswith(b'PK') else "it is not a PyTorch checkpoint, or it is damaged"
 
-# %% ../nbs/06_checkpoints.ipynb #f928ea0c
+# %% ../nbs/06_checkpoints.ipynb #a9c30fc2
 _MARK = b'revvit sha256 '
 
 def _digest(f, end):
@@ -53,7 +55,7 @@ def _seal(f):
     f.seek(end)
     f.write(digest)
 
-# %% ../nbs/06_checkpoints.ipynb #0889c7b7
+# %% ../nbs/06_checkpoints.ipynb #1fe1608c
 def _sealed(
     f, # Open file
 )->bool: # Whether it ends with a seal
@@ -65,7 +67,7 @@ def _sealed(
     if _digest(f, size-64)!=end[len(_MARK):]: raise CheckpointError("its contents do not match its digest: it was damaged or changed")
     return True
 
-# %% ../nbs/06_checkpoints.ipynb #3d5bac85
+# %% ../nbs/06_checkpoints.ipynb #19f52a94
 def read_checkpoint(
     path, # Published or own checkpoint
 )->dict: # What it holds: tensors, numbers, text, lists, dictionaries
@@ -86,7 +88,7 @@ def read_checkpoint(
     if content.get('format')=='revvit' and not sealed: raise CheckpointError(f"cannot read {path}: it has lost the digest it was written with")
     return content
 
-# %% ../nbs/06_checkpoints.ipynb #ae44e620
+# %% ../nbs/06_checkpoints.ipynb #6e421de3
 def _input_settings(
     model, # For the image size it was built for, and timm's `pretrained_cfg` where it has one
     changes:dict, # Entries that replace those of the configuration
@@ -98,7 +100,7 @@ def _input_settings(
     if strange: raise ValueError(f"unknown input settings {sorted(strange)}: expected some of {sorted(settings)}")
     return {**settings, **changes}
 
-# %% ../nbs/06_checkpoints.ipynb #225388d6
+# %% ../nbs/06_checkpoints.ipynb #8807cfee
 def _gone(pid):
     "Is there certainly no such process on this machine?"
     if os.name!='posix': return False   # elsewhere signal 0 is no harmless question
@@ -115,7 +117,7 @@ def _temporary(path):
         if o.name.startswith(head) and pid.isdigit() and _gone(int(pid)): o.unlink(missing_ok=True)
     return path.with_name(f'{head}{os.getpid()}.tmp')
 
-# %% ../nbs/06_checkpoints.ipynb #522844ff
+# %% ../nbs/06_checkpoints.ipynb #7b06e70a
 def _write(
     path:Path, # Replaced in one step
     content:dict, # Tensors, numbers, text, lists, dictionaries
@@ -136,9 +138,9 @@ def _write(
     except Exception as e: raise CheckpointError(f"cannot write {path}: {str(e).splitlines()[0]} (is there room on the disk?)") from e
     finally: new.unlink(missing_ok=True)
 
-# %% ../nbs/06_checkpoints.ipynb #cf1a9835
+# %% ../nbs/06_checkpoints.ipynb #5ca03160
 def save_checkpoint(
-    model:RevViT, # Its tensors and how to build it
+    model:RevViT|RevMViT, # Its tensors and how to build it
     path, # File to write, or to replace in one step; folders on the way are made
     class_names:list|None=None, # Name of each class, in the order of the logits
     input_settings:dict|None=None, # What differs from the model's own: input_size, mean, std, interpolation, crop_pct, crop_mode
@@ -158,7 +160,7 @@ def _make_folder(folder):
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise CheckpointError(f"cannot make the folder {folder}: {e.strerror}") from e
 
-# %% ../nbs/06_checkpoints.ipynb #0c774880
+# %% ../nbs/06_checkpoints.ipynb #de646ced
 @dataclass
 class LoadReport:
     "What of a file went into a model; names are the model's"
@@ -168,7 +170,7 @@ class LoadReport:
     missing:list = field(default_factory=list) # Names only in the model
     unexpected:list = field(default_factory=list) # Names only in the file
     mismatched:list = field(default_factory=list) # Names with the shape in the file and in the model
-    resampled:tuple|None = None # Patch grid of the position embedding in the file and in the model, if they differ
+    resampled:tuple|None = None # Patch grid of the position embedding in the file and in the model, if they differ; a clip's after the number of times
 
     def problems(self):
         "What does not fit, in words"
@@ -177,11 +179,11 @@ class LoadReport:
         return '; '.join(f"{len(o)} {what}: {', '.join(o[:3])}{', ...' if len(o)>3 else ''}" for o,what in parts if o)
 
     def __repr__(self):
-        pos = "; position embedding resampled from {}x{} to {}x{} patches".format(*sum(self.resampled, ())) if self.resampled else ""
+        pos = "; position embedding resampled from {} to {} patches".format(*('x'.join(map(str, o)) for o in self.resampled)) if self.resampled else ""
         rest = self.problems()
         return f"loaded {len(self.loaded)} tensors, {self.share:.1%} of the model, from {self.path}{pos}{'; ' + rest if rest else ''}"
 
-# %% ../nbs/06_checkpoints.ipynb #f5f242bd
+# %% ../nbs/06_checkpoints.ipynb #b0d0c3e5
 def _compare(path, tensors, model):
     "Report of what of `tensors` would fit into `model`"
     want = model.state_dict()
@@ -190,9 +192,9 @@ def _compare(path, tensors, model):
     return LoadReport(str(path), share, loaded, [k for k in want if k not in tensors], [k for k in tensors if k not in want],
         [(k, tuple(tensors[k].shape), tuple(want[k].shape)) for k in want if k in tensors and k not in loaded])
 
-# %% ../nbs/06_checkpoints.ipynb #17f251a8
+# %% ../nbs/06_checkpoints.ipynb #8bb8246a
 def load_checkpoint(
-    model:RevViT, # Filled in place, or left as it was on an error
+    model:RevViT|RevMViT, # Filled in place, or left as it was on an error
     path, # SlowFast's `.pyth`, mmpretrain's `.pth`, our own, or a saved `state_dict`
     strict:bool=True, # Refuse whatever does not fit; `False` loads what does, if it is 1 % or more
 )->LoadReport:
@@ -201,32 +203,50 @@ def load_checkpoint(
 
 def _fill(model, content, path, strict=True):
     "Fill `model` with `content`, which was read from `path`"
-    args,new = content.get('model_args') if content.get('format')=='revvit' else None,model.patch_embed.grid_size
-    grid = args and tuple(s//p for s,p in zip(to_2tuple(args['img_size']), to_2tuple(args['patch_size'])))
-    try: stored,tensors = _unwrap(content),checkpoint_filter_fn(content, model, grid)
+    translate,new = (mvit if isinstance(model, RevMViT) else vit).checkpoint_filter_fn,model.patch_embed.grid_size
+    try:
+        grid = _built(content, path, 'meta').patch_embed.grid_size if content.get('format')=='revvit' else None
+        stored,tensors = _unwrap(content),translate(content, model, grid)
+    except CheckpointError: raise
     except ValueError as e: raise CheckpointError(f"cannot use {path}: {e}") from e
     report,who = _compare(path, tensors, model),type(model).__name__
-    n = next((v.shape[1] for k,v in stored.items() if k.endswith('pos_embed') and v.ndim==3), 0)
-    old = grid or _grid_of(n, new)
-    if n and old!=new and 'pos_embed' in report.loaded: report.resampled = (old, new)
+    old = grid or _stored_grid(stored, new)
+    if old!=new and 'pos_embed' in report.loaded: report.resampled = (old, new)
     if strict and report.problems(): raise CheckpointError(f"{path} does not fit this {who}: {report.problems()}")
     if report.share<.01: raise CheckpointError(f"{path} holds {report.share:.2%} of this {who}: nothing was loaded; {report.problems()}")
     model.load_state_dict({k:tensors[k] for k in report.loaded}, strict=False)
     return report
 
-# %% ../nbs/06_checkpoints.ipynb #d3798b0f
-_kinds = {'RevViT': RevViT}
+# %% ../nbs/06_checkpoints.ipynb #a0d30fd9
+def _stored_grid(
+    stored:dict, # Tensors by the file's names
+    new:tuple, # The model's grid, (h, w) or (t, h, w)
+)->tuple: # The file's, as far as one can tell; the model's, if there are no position vectors
+    "Patch grid of the position vectors in a file"
+    n = {k.rsplit('.', 1)[-1]: v.shape[1] for k,v in stored.items() if 'pos_embed' in k and v.ndim==3}
+    places = n.get('pos_embed_spatial', n.get('pos_embed', 0))
+    if not places: return new
+    return (*((n['pos_embed_temporal'],) if 'pos_embed_temporal' in n else ()), *_grid_of(places, new[-2:]))
 
+# %% ../nbs/06_checkpoints.ipynb #c1df3644
+_kinds = dict(RevViT=RevViT, RevMViT=RevMViT)
+
+def _built(content, path, device='cpu'):
+    "The model that a file of ours describes, not filled"
+    kind = _kinds.get(content['model'])
+    if kind is None or content['version']>1: raise CheckpointError(f"{path} holds a {content['model']}, version {content['version']}: this revvit knows {', '.join(_kinds)}, version 1")
+    try:
+        with torch.device(device): return kind(**content['model_args'])
+    except (TypeError, ValueError) as e: raise CheckpointError(f"cannot build the {content['model']} that {path} describes: {e}") from e
+
+# %% ../nbs/06_checkpoints.ipynb #d3a77eba
 def load_model(
     path, # Written by `save_checkpoint`
-)->RevViT: # In evaluation mode; `pretrained_cfg` holds class names and input settings
+)->nn.Module: # In evaluation mode; `pretrained_cfg` holds class names and input settings
     "Build and fill the model a file of ours describes"
     content = read_checkpoint(path)
     if content.get('format')!='revvit': raise CheckpointError(f"{path} was not written by save_checkpoint: build the model and use load_checkpoint")
-    kind = _kinds.get(content['model'])
-    if kind is None or content['version']>1: raise CheckpointError(f"{path} holds a {content['model']}, version {content['version']}: this revvit knows {', '.join(_kinds)}, version 1")
-    try: model = kind(**content['model_args'])
-    except (TypeError, ValueError) as e: raise CheckpointError(f"cannot build the {content['model']} that {path} describes: {e}") from e
+    model = _built(content, path)
     _fill(model, content, path)
     model.pretrained_cfg = dict(content['input_settings'], architecture=content['architecture'], num_classes=model.num_classes, label_names=content['class_names'],
         first_conv='patch_embed.proj', classifier='head', fixed_input_size=True)
