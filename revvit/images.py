@@ -6,7 +6,7 @@
 __all__ = ['digits_cfg', 'digits', 'hold_out', 'open_image', 'ImageTransform', 'shift_mat', 'DigitJitter', 'digits_dls',
            'class_names', 'inference_model']
 
-# %% ../nbs/07_images.ipynb #ebd8dd9b
+# %% ../nbs/07_images.ipynb #e0cf8ece
 import random
 from pathlib import Path
 import numpy as np, torch
@@ -16,13 +16,13 @@ from fastai.vision.all import (Categorize, Datasets, IntToFloatTensor, Normalize
     affine_mat, rotate_mat, zoom_mat)
 from sklearn.datasets import load_digits
 
-# %% ../nbs/07_images.ipynb #d4b8dd67
+# %% ../nbs/07_images.ipynb #e030c83f
 def digits()->tuple: # Images (1797, 8, 8) of 8 bits, and their labels 0 to 9
     "scikit-learn's handwritten digits, light ink on black"
     d = load_digits()
     return np.round(d.images*255/16).astype(np.uint8), d.target
 
-# %% ../nbs/07_images.ipynb #29a1225f
+# %% ../nbs/07_images.ipynb #9b43049c
 def hold_out(
     labels:np.ndarray, # Class of each item
     per_class:int, # Items to hold out of each class; every class must have more
@@ -37,7 +37,7 @@ def hold_out(
     held = np.sort(np.concatenate(held))
     return np.setdiff1d(np.arange(len(labels)), held), held
 
-# %% ../nbs/07_images.ipynb #929a8813
+# %% ../nbs/07_images.ipynb #1a7c9e06
 def _as_mode(im, mode):
     "A Pillow image in `mode` 'L' or 'RGB', by the policy of the table"
     if im.mode.startswith('I;16') or (im.mode=='I' and im.format=='PNG'):  # Pillow before 11 gives 'I' for a 16-bit PNG
@@ -48,7 +48,7 @@ def _as_mode(im, mode):
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
     return im.convert('RGB').convert(mode) if im.mode not in ('L','1') else im.convert(mode)
 
-# %% ../nbs/07_images.ipynb #feeb7d8e
+# %% ../nbs/07_images.ipynb #ea082bb9
 def open_image(
     path:str|Path, # Image file in any format that Pillow reads
     channels:int=3, # 1 for grey, 3 for colour
@@ -60,13 +60,11 @@ def open_image(
     if path.is_dir(): raise ValueError(f"{path}: a folder, not an image file")
     if not path.stat().st_size: raise ValueError(f"{path}: the image file is empty (0 bytes)")
     try:
-        with Image.open(path) as im:
-            im.load()
-            return _as_mode(ImageOps.exif_transpose(im), 'L' if channels==1 else 'RGB')
+        with Image.open(path) as im: return _as_mode(ImageOps.exif_transpose(im), 'L' if channels==1 else 'RGB')
     except UnidentifiedImageError as e: raise ValueError(f"{path}: not an image, or in no format that Pillow reads") from e
     except Exception as e: raise ValueError(f"{path}: the image cannot be read: {str(e) or type(e).__name__}") from e
 
-# %% ../nbs/07_images.ipynb #84fdeb32
+# %% ../nbs/07_images.ipynb #5a584889
 digits_cfg = dict(input_size=(1,16,16), mean=(.3059,), std=(.3191,), interpolation='bilinear', crop_pct=1.)
 
 class ImageTransform:
@@ -82,7 +80,7 @@ class ImageTransform:
         self.tfm = create_transform(size, is_training=False, mean=cfg['mean'], std=cfg['std'], interpolation=cfg['interpolation'], crop_pct=cfg['crop_pct'])
     def __call__(self, path): return self.tfm(open_image(path, self.channels))
 
-# %% ../nbs/07_images.ipynb #ccba8736
+# %% ../nbs/07_images.ipynb #dbf18a5b
 def shift_mat(
     x:TensorImage, # Batch (B, C, H, W), for its size and device
     max_shift:float=.05, # Largest shift, as a fraction of the side
@@ -92,7 +90,7 @@ def shift_mat(
     dx,dy = (x.new_empty(x.size(0)).uniform_(-2*max_shift, 2*max_shift) for _ in range(2))  # the side runs from -1 to 1
     return affine_mat(one, zero, dx, zero, one, dy)
 
-# %% ../nbs/07_images.ipynb #1c9a8c02
+# %% ../nbs/07_images.ipynb #48139f21
 class DigitJitter(RandTransform):
     "Turn, zoom and shift each image of a training batch a little"
     order,split_idx = 30,0   # after the division by 255, before the normalisation; training only
@@ -108,7 +106,7 @@ class DigitJitter(RandTransform):
         mat = rotate_mat(x, max_deg=self.degrees, p=1.) @ zoom @ shift_mat(x, self.shift)
         return x.affine_coord(mat[:,:2], pad_mode='zeros', align_corners=False)
 
-# %% ../nbs/07_images.ipynb #69f8b1e7
+# %% ../nbs/07_images.ipynb #e359b82a
 class _Pick(Transform):
     "Look an index up in `items`, and wrap what is there"
     def __init__(self, items, wrap): self.items,self.wrap = items,wrap
@@ -121,7 +119,7 @@ def _resized():
     ims = [resize[1](resize[0](Image.fromarray(o))) for o in images]
     return torch.from_numpy(np.stack(ims))[:,None], labels
 
-# %% ../nbs/07_images.ipynb #a39a5fa4
+# %% ../nbs/07_images.ipynb #c5009dbe
 def digits_dls(
     bs:int=64, # Images a training batch; the last, smaller batch of an epoch is left out
     held_out:str='test', # What to measure on: 'test', or 'valid', a part of the training images
@@ -143,7 +141,7 @@ def digits_dls(
     dls.train.rng = random.Random(seed)
     return dls
 
-# %% ../nbs/07_images.ipynb #2b90a59d
+# %% ../nbs/07_images.ipynb #423cf729
 def class_names(
     model, # With `num_classes`, and perhaps `pretrained_cfg['label_names']`
 )->list: # A name for each class: the model's own, ImageNet's, or numbers
