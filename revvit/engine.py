@@ -32,6 +32,8 @@ def _set_rng(device, states):
 def _drew(device, before): return not all(torch.equal(a, b) for a,b in zip(before, _rng(device)))
 
 # %% ../nbs/01_engine.ipynb #ab889e17
+def _amp(device): return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
 def _autocast(device):
     "A maker of contexts that enter autocast as it is now"
     t = device.type
@@ -69,7 +71,7 @@ class _Call:
         self.m,self.name,self.rows,self.scale = m,name,rows,scale
         self.device,self.chunk,self.rng = x.device,chunk or chunk_size(x),None
         self.autocast,self.modes = _autocast(x.device),[o.training for o in m.modules()]
-        self.amp = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+        self.amp = _amp(x.device)
         params,self.buffers = dict(m.named_parameters()),dict(m.named_buffers())
         self.names,self.params = list(params),list(params.values())
         self.seen = [(n,t,_state(t)) for n,t in (*params.items(), *self.buffers.items())]
@@ -192,7 +194,7 @@ def _sum(acc, new, taken):
 @patch
 def by_hand(self:_Call, x, needs):
     "May the module's own `undo_` do the backward pass?"
-    if getattr(type(self.m), 'undo_', None) is None or self.rows is not None or self.rng or self.amp or not all(needs): return False
+    if getattr(type(self.m), 'undo_', None) is None or self.rows is not None or self.rng or self.amp or _amp(self.device) or not all(needs): return False
     return self.m.undoes(x)
 
 # %% ../nbs/01_engine.ipynb #fd2f04d0

@@ -80,9 +80,10 @@ class MlpHalf(PreNorm):
     "LayerNorm, then a two-layer MLP with GELU"
     def undoes(self, x):
         "Are the parts, as they are now, those that `undo_` is written for?"
-        m = self.fn
-        kinds = [(self.norm,nn.LayerNorm),(m,Mlp),(m.fc1,nn.Linear),(m.act,nn.GELU),(m.norm,nn.Identity),(m.fc2,nn.Linear)]
-        if not all(type(o) is k for o,k in kinds) or m.act.approximate!='none' or len(list(self.parameters()))!=6: return False
+        m,mods = self.fn,list(self.modules())
+        kinds = [MlpHalf,nn.LayerNorm,Mlp,nn.Linear,nn.GELU,nn.Dropout,nn.Identity,nn.Linear,nn.Dropout]
+        if [type(o) for o in mods]!=kinds or any('forward' in o.__dict__ for o in mods): return False
+        if m.act.approximate!='none' or len(list(self.parameters()))!=6: return False
         hooked = any(o._forward_hooks or o._forward_pre_hooks or o._backward_hooks or o._backward_pre_hooks for o in self.modules())
         return not hooked and x.dtype==m.fc1.weight.dtype and x.dtype in (torch.float32,torch.float64)
 
