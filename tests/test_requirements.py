@@ -997,8 +997,6 @@ def test_compile(make, what):
     for _ in range(2):
         torch.manual_seed(0)
         assert error(torch.autograd.grad(weighted_sum(run(*xs)), needing(m)), want) < 1e-12
-    kept = [saved_bytes(partial(o, *xs), *xs, m) for o in (run,m)]
-    assert kept[0] < 1.2*kept[1] < .5*plain(m, lambda: saved_bytes(partial(m, *xs), *xs, m)) # the break is there: nothing more is stored
     torch._dynamo.reset()
 
 @pytest.mark.parametrize('strict', [True,False])
