@@ -11,9 +11,9 @@ root = Path(__file__).resolve().parent.parent
 parser = ConfigParser(delimiters=['='])
 parser.read(root/'settings.ini', encoding='utf8')
 settings = parser['DEFAULT']
-order = 'coupling engine testing layers vit mvit checkpoints images videos training benchmark cli'.split()
 notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-numbered = [p for p in notebooks if re.match(r'\d\d_', p.name) and p.parent.name == 'nbs']
+numbered = [p for p in notebooks if re.match(r'\d\d[a-z]?_', p.name) and p.parent.name == 'nbs']
+order = [p.stem.split('_', 1)[1] for p in numbered] # 09b_inference stands between 09_training and 10_benchmark
 modules = [p for p in sorted((root/'revvit').glob('*.py')) if not p.name.startswith('_')]
 name = lambda p: p.relative_to(root).as_posix()
 
@@ -40,9 +40,9 @@ def test_readme_has_the_two_commands(command): assert command in (root/'README.m
 
 @pytest.mark.parametrize('path', numbered, ids=name)
 def test_number_and_module(path):
-    "Notebook NN_name makes revvit/name.py, and NN is its place in the reading order"
-    module = path.stem[3:]
-    assert module in order and path.stem == f'{order.index(module):02}_{module}'
+    "Notebook NN_name makes revvit/name.py, and no other notebook has its number or its module"
+    number,module = path.stem.split('_', 1)
+    assert order.count(module) == 1 and sum(o.name.startswith(number+'_') for o in numbered) == 1
     assert f'#| default_exp {module}' in [src.strip() for src,_ in cells(path, 'code')]
     assert (root/'revvit'/f'{module}.py').exists()
 
