@@ -5,3 +5,4 @@ from .engine import *
 from .vit import *  # registers the models with timm
 from .mvit import *
 from .checkpoints import *
+from .inference import *

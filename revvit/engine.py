@@ -374,16 +374,17 @@ class _Tail(Function):
     def backward(ctx, d):
         ctx.tape.load(*ctx.saved_tensors)
         with ctx.tape.guard(): d1,d2,gp = _tail_back(ctx.call, ctx.tape.y1, ctx.tape.y2, d, ctx.needs_input_grad[4:])
+        if not any(ctx.needs_input_grad[:2]): ctx.tape.clear()
         return d1,d2,None,None,*gp
 
 def _tail_back(call, y1, y2, d, needs):
     "Gradients of both streams, in new memory, and of the parameters"
     call.check()
-    d1,d2 = torch.empty_like(y1),torch.empty_like(y2)
     params = [p.detach().requires_grad_(n) for p,n in zip(call.params, needs)]
-    acc,taken = [None]*len(params),{d.untyped_storage().data_ptr()}
+    acc,taken,d1 = [None]*len(params),{d.untyped_storage().data_ptr()},None
     for rows in call.parts(len(y1)):
         _,gs,gp = call.vjp((y1,y2), rows, d[rows], params)
+        if d1 is None: d1,d2 = torch.empty_like(y1),torch.empty_like(y2)  # not before: the first part's graph was the larger
         for dst,g in zip((d1,d2), gs): dst[rows] = 0 if g is None else g
         _sum(acc, gp, taken)
         del gs,gp
@@ -440,23 +441,23 @@ def _plain(block):
 def _reverse(self:ReversibleSequence, x1, x2, tail):
     "Runs in place, with plain blocks in between"
     runs = [(plain,[o for _,o in g]) for plain,g in groupby(((_plain(b),(i,b)) for i,b in enumerate(self)), lambda o: o[0])]
+    if tail is not None and (not runs or runs[-1][0]): runs.append((False,[]))
     watch = [*self.parameters(), *(tail.parameters() if tail is not None else ())]
     fresh,out = [],(x1,x2)
     for k,(plain,blocks) in enumerate(runs):
-        last = k==len(runs)-1
-        if not plain: out = self._run(blocks, *out, tail if last else None, _Tape(fresh, watch if k>=len(runs)-2 else ()))
+        if not plain: out = self._run(blocks, *out, tail if k==len(runs)-1 else None, _Tape(fresh, watch if k>=len(runs)-2 else ()))
         else:
             for _,b in blocks: out = b(*out)
-            if last and tail is not None: out = tail(*out)
     return out
 
 # %% ../nbs/01_engine.ipynb #7a4acc4a
 @patch
-def _reverses(self:ReversibleSequence, x1, x2):
+def _reverses(self:ReversibleSequence, x1, x2, tail):
     "Is there a backward pass to save memory for?"
-    if not (self.reversible and len(self) and torch.is_grad_enabled()) or torch.compiler.is_exporting(): return False
-    if torch._C._functorch.peek_interpreter_stack() is not None: return False
-    return x1.requires_grad or x2.requires_grad or any(p.requires_grad for p in self.parameters())
+    parts = [*self] if tail is None else [*self, tail]
+    if not (self.reversible and parts and torch.is_grad_enabled()) or torch.compiler.is_exporting(): return False
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None: return False  # the compiler's own tracing has such a stack too
+    return x1.requires_grad or x2.requires_grad or any(p.requires_grad for m in parts for p in m.parameters())
 
 @patch
 def forward(self:ReversibleSequence,
@@ -469,7 +470,7 @@ def forward(self:ReversibleSequence,
         if not (isinstance(x, torch.Tensor) and x.ndim and x.is_floating_point()): raise ValueError(f"streams are floating-point tensors with images first, got {_about(x)}")
     if tail is not None and not isinstance(tail, nn.Module): raise ValueError(f"tail must be a module, got {type(tail).__name__}")
     _alike(x1, x2)
-    if self._reverses(x1, x2): return self._reverse(x1, x2, tail)
+    if self._reverses(x1, x2, tail): return self._reverse(x1, x2, tail)
     for b in self: x1,x2 = b(x1, x2)
     return (x1,x2) if tail is None else tail(x1, x2)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_images', 'PatchEmbed', 'PreNorm', 'attention_half', 'MlpHalf', 'mlp_half', 'StreamFusion', 'PooledFusion',
-           'OverlapPatchEmbed', 'HeadPool', 'PoolingAttention']
+           'OverlapPatchEmbed', 'HeadPool', 'again', 'PoolingAttention']
 
 # %% ../nbs/03_layers.ipynb #245ac78b
 import math
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from timm.layers import Attention, Mlp, register_notrace_module, to_2tuple
 from timm.layers import PatchEmbed as TimmPatchEmbed
 
@@ -197,7 +198,19 @@ class HeadPool(nn.Module):
             if lo<hi: y[:,lo:hi] += frames(k)[:,lo*step+k-pad:(hi-1)*step+k-pad+1:step]
         return self.norm(y.unflatten(-1, (heads, -1))).flatten(-2)
 
+# %% ../nbs/03_layers.ipynb #b6954912
+def again(
+    on:bool, # `False` calls `fn` as usual
+    fn, # Function of tensors that draws no random numbers
+    *args, # What it is called with
+): # What `fn` returns
+    "`fn(*args)`, computed once more in the backward pass instead of keeping activations"
+    if not on or not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None: return fn(*args)
+    return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False)
+
 # %% ../nbs/03_layers.ipynb #9e8cafc1
+def _pooled(pool, x, weight, bias): return pool(F.linear(x, weight, bias))
+
 class PoolingAttention(nn.Module):
     "Attention between pooled queries, keys and values: tokens on their grid (B, T, H, W, dim) to (B, t, h, w, dim_out)"
     def __init__(self,
@@ -210,6 +223,7 @@ class PoolingAttention(nn.Module):
         qkv_bias:bool=True, # Whether queries, keys and values get a bias
         attn_drop:float=0., # Dropout rate of the attention weights
         proj_drop:float=0., # Dropout rate of the output
+        recompute:bool=False, # Pool once more in the backward pass, instead of keeping what was pooled
     ):
         super().__init__()
         if num_heads<1 or dim_out%num_heads: raise ValueError(f"num_heads must divide the width: got {num_heads} heads and width {dim_out}")
@@ -217,11 +231,11 @@ class PoolingAttention(nn.Module):
         self.qkv,self.proj = nn.Linear(dim, 3*dim_out, bias=qkv_bias),nn.Linear(dim_out, dim_out)
         self.pool_q = HeadPool(head_dim, kernel, q_stride) if q_stride else nn.Identity()
         self.pool_k,self.pool_v = (HeadPool(head_dim, kernel, kv_stride) for _ in range(2))
-        self.attn_drop,self.proj_drop = nn.Dropout(attn_drop),nn.Dropout(proj_drop)
+        self.attn_drop,self.proj_drop,self.recompute = nn.Dropout(attn_drop),nn.Dropout(proj_drop),recompute
 
     def forward(self, x):
         ws,bs = self.qkv.weight.chunk(3),(None,)*3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
-        q,k,v = (pool(F.linear(x, w, b)) for pool,w,b in zip((self.pool_q,self.pool_k,self.pool_v), ws, bs))
+        q,k,v = (again(self.recompute, _pooled, pool, x, w, b) for pool,w,b in zip((self.pool_q,self.pool_k,self.pool_v), ws, bs))
         grid = q.shape[1:-1]
         q,k,v = (o.flatten(1, 3).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for o in (q,k,v))  # B heads n head_dim
         o = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.)

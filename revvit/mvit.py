@@ -17,8 +17,8 @@ from timm.layers import DropPath, Mlp, register_notrace_function, resample_abs_p
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from .engine import ReversibleBlock, ReversibleSequence
-from .layers import OverlapPatchEmbed, PooledFusion, PoolingAttention, PreNorm, StreamFusion, mlp_half
-from .vit import RevViT, _cfg, _grid_of, _init_linear, _join_qkv, _our_name, _unwrap, drop_path_rates
+from .layers import OverlapPatchEmbed, PooledFusion, PoolingAttention, PreNorm, StreamFusion, again, mlp_half
+from .vit import RevViT, _cfg, _grid_of, _init_linear, _join_qkv, _our_name, _tuples, _unwrap, drop_path_rates
 
 # %% ../nbs/05_mvit.ipynb #96d64f04
 @dataclass(frozen=True)
@@ -105,10 +105,19 @@ class StageTransition(nn.Module):
         self.f = PreNorm(width, PoolingAttention(width, new, num_heads, pool_kernel, kv_stride, q_stride, proj_drop=proj_drop, **kwargs))
         self.g = mlp_half(new, mlp_ratio, proj_drop)
         self.proj = nn.Linear(width, new) if width!=new else nn.Identity()
+        self.set_reversible()
+
+    def set_reversible(self,
+        on:bool=True, # `False` stores activations, by ordinary autograd
+    ):
+        "Pool once more in the backward pass, or store what was pooled"
+        self.reversible = self.f.fn.recompute = on
+
+    def residual(self, x): return self.f.fn.pool_q(self.proj(x))
 
     def forward(self, x1, x2):
         x = self.fuse(x1, x2)
-        y = self.f.fn.pool_q(self.proj(x)).to(x.dtype) + self.f(x)
+        y = again(self.reversible, self.residual, x).to(x.dtype) + self.f(x)
         return y + self.g(y)
 
 # %% ../nbs/05_mvit.ipynb #c18a8b41
@@ -159,7 +168,7 @@ class RevMViT(nn.Module):
         args = {k:v for k,v in locals().items() if k not in ('self','__class__')}
         super().__init__()
         size = MViTSize(**{k:args[k] for k in MViTSize.__dataclass_fields__})
-        self.model_args,self.num_frames,self.embed_dim = args,num_frames,embed_dim
+        self.model_args,self.num_frames,self.in_chans,self.embed_dim = args,num_frames,in_chans,embed_dim
         full = to_2tuple(img_size) if num_frames is None else (num_frames,*to_2tuple(img_size))
         self.patch_embed = OverlapPatchEmbed(full, patch_kernel, patch_stride, in_chans, embed_dim)
         self._make_pos_embed()
@@ -224,21 +233,28 @@ def tokens(self:RevMViT, x:torch.Tensor):
 
 # %% ../nbs/05_mvit.ipynb #dd571963
 @patch
-def _through(self:RevMViT, x, tail):
-    "Images or clips through all stages and `tail`"
-    x = self.tokens(x)
-    for stage,transition,drop in zip(self.stages, self.transitions, self.drops): x = drop(stage(x, x, tail=transition))
-    return self.stages[-1](x, x, tail=tail)
+def _through(self:RevMViT, x, tail, take=(), stop=None):
+    "Images or clips through all stages, or those up to `stop`, and `tail`; and both streams side by side after the stages `take`"
+    x,maps = self.tokens(x),[]
+    for i,(stage,then) in enumerate(zip(self.stages, [*self.transitions, tail])):
+        if i not in take: x = stage(x, x, tail=then)
+        else:
+            y = stage(x, x)
+            maps.append(torch.cat(y, -1))
+            x = maps[-1] if i==stop else stage[:0](*y, tail=then)
+        if i==stop: break
+        if i<len(self.drops): x = self.drops[i](x)
+    return x,maps
 
 @patch
 def forward_features(self:RevMViT, x:torch.Tensor):
     "Normed tokens of both streams at the end: (B, N, num_features)"
-    return self._through(x, self.neck.fusion).flatten(1, -2)
+    return self._through(x, self.neck.fusion)[0].flatten(1, -2)
 
 @patch
 def forward(self:RevMViT, x:torch.Tensor):
     if not self.global_pool: return self.forward_head(self.forward_features(x))
-    return self.head(self.head_drop(self._through(x, self.neck)))
+    return self.head(self.head_drop(self._through(x, self.neck)[0]))
 
 # %% ../nbs/05_mvit.ipynb #fa6663ea
 @patch
@@ -246,7 +262,7 @@ def set_reversible(self:RevMViT,
     on:bool=True, # `False` stores activations, as any other model does
 ):
     "Rebuild activations in the backward pass, or store them"
-    for o in self.stages: o.set_reversible(on)
+    for o in (*self.stages, *self.transitions): o.set_reversible(on)
 
 # %% ../nbs/05_mvit.ipynb #12ca5e1f
 @patch(as_prop=True)
@@ -266,16 +282,14 @@ def forward_intermediates(self:RevMViT, x:torch.Tensor,
 ):
     "Fused tokens at the end, and a list of both streams side by side after the chosen stages"
     if output_fmt not in ('NCHW', 'NLC'): raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-    take,out,end = set(feature_take_indices(len(self.stages), indices)[0]),[],len(self.stages)-1
-    x = self.tokens(x)
-    for i,stage in enumerate(self.stages[:max(take)+1 if stop_early or intermediates_only else None]):
-        y1,y2 = stage(x, x)
-        if i in take: out.append(self.neck.fusion(y1, y2) if norm and i==end else torch.cat((y1,y2), -1))
-        if i<end: x = self.drops[i](self.transitions[i](y1, y2))
+    take,end = set(feature_take_indices(len(self.stages), indices)[0]),len(self.stages)-1
+    early = intermediates_only or stop_early and max(take)<end
+    x,out = self._through(x, self.neck.fusion, take, max(take) if early else None)
+    if norm and end in take: out[-1] = self.neck.fusion.norm(out[-1])
     if output_fmt=='NLC': out = [o.flatten(1, -2) for o in out]
     else: out = [(o[:,0] if self.num_frames is None else o).movedim(-1, 1).contiguous() for o in out] # B t h w C -> B C (t) h w
     if intermediates_only: return out
-    return (self.neck.fusion(y1, y2) if i==end else torch.cat((y1,y2), -1)).flatten(1, -2),out
+    return x.flatten(1, -2),out
 
 # %% ../nbs/05_mvit.ipynb #c51053bc
 @patch
@@ -341,19 +355,37 @@ def checkpoint_filter_fn(
     return out
 
 # %% ../nbs/05_mvit.ipynb #75c18334
-_clip = dict(num_classes=400, mean=(.45,)*3, std=(.225,)*3)
+_clip = dict(num_classes=400, mean=(.45,)*3, std=(.225,)*3, interpolation='bilinear')
 default_cfgs = generate_default_cfgs({
     'revmvit_tiny_224': _cfg(),
     'revmvit_tiny_16x4_224': _cfg(**_clip),
     'revmvit_base_224.fb_in1k': _cfg('https://dl.fbaipublicfiles.com/pyslowfast/rev/REV_MVIT_B.pyth'),
     'revmvit_base_16x4_224.fb_k400': _cfg('https://dl.fbaipublicfiles.com/pyslowfast/rev/REV_MVIT_B_16x4.pyth', **_clip)})
 
+# %% ../nbs/05_mvit.ipynb #c06a0002
+_times = dict(frame_stride=4, frame_rate=30)   # every 4th frame of a video at 30 a second
+
+def _split_cfgs(cfgs):
+    "Descriptions without what timm has no room for, and that"
+    times = dict(_times)
+    for name,cfg in cfgs.items():
+        if not isinstance(cfg, dict): continue
+        times |= {k:v for k,v in cfg.items() if k in _times}
+        cfg = {k:v for k,v in cfg.items() if k not in _times}
+        if len(cfg.get('input_size') or ())==4: cfg['input_size'] = (cfg['input_size'][0],*cfg['input_size'][-2:])
+        cfgs[name] = cfg
+    return cfgs,times
+
 # %% ../nbs/05_mvit.ipynb #8b9718c7
 def _create(variant, size, pretrained=False, **kwargs):
     "A registered model: `size` with `kwargs` on top"
-    kwargs = {**asdict(mvit_sizes[size]), **kwargs}
-    return build_model_with_cfg(RevMViT, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=len(kwargs['stage_starts'])+1, feature_cls='getter'), **kwargs)
+    kwargs = _tuples({**asdict(mvit_sizes[size]), **kwargs})
+    cfgs,times = _split_cfgs({k: kwargs.pop(k, None) for k in ('pretrained_cfg','pretrained_cfg_overlay')})
+    model = build_model_with_cfg(RevMViT, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=len(kwargs['stage_starts'])+1, feature_cls='getter'), **cfgs, **kwargs)
+    cfg,frames = model.pretrained_cfg,kwargs['num_frames']
+    if frames: cfg.update(times, input_size=(cfg['input_size'][0], frames, *cfg['input_size'][-2:]))
+    return model
 
 @register_model
 def revmvit_tiny_224(pretrained=False, **kwargs)->RevMViT:

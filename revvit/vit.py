@@ -59,6 +59,7 @@ register_notrace_module(ReversibleSequence)
 
 class RevViT(nn.Module):
     "Reversible vision transformer: images (B, C, H, W) to logits (B, num_classes)"
+    _traits = dict(fixed_input_size=True)   # tells timm that a saved model is one for the size it was built for
     def __init__(self, *,
         img_size:int|tuple=224, # Pixels the position embedding is made for: an int or (height, width)
         patch_size:int|tuple=16, # Side of a patch in pixels
@@ -80,7 +81,7 @@ class RevViT(nn.Module):
         args = {k:v for k,v in locals().items() if k not in ('self','__class__')}
         super().__init__()
         ViTSize(embed_dim, num_heads, depth)
-        self.model_args,self.embed_dim,self.num_features,self.head_hidden_size = args,embed_dim,2*embed_dim,2*embed_dim
+        self.model_args,self.in_chans,self.embed_dim,self.num_features,self.head_hidden_size = args,in_chans,embed_dim,2*embed_dim,2*embed_dim
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
         self.blocks = ReversibleSequence((vit_block(embed_dim, num_heads, mlp_ratio, qkv_bias, proj_drop_rate, attn_drop_rate,
@@ -290,17 +291,22 @@ def _cfg(url='', **kwargs):
         mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, first_conv='patch_embed.proj', classifier='head', paper_ids='arXiv:2302.04869',
         paper_name='Reversible Vision Transformers', origin_url='https://github.com/facebookresearch/SlowFast') | kwargs
 
+_mm = dict(origin_url='https://github.com/open-mmlab/mmpretrain')
 default_cfgs = generate_default_cfgs({
     'revvit_tiny_patch16_224': _cfg(),
     'revvit_small_patch16_224.fb_in1k': _cfg('https://dl.fbaipublicfiles.com/pyslowfast/rev/REV_VIT_S.pyth'),
+    'revvit_small_patch16_224.mmpretrain_in1k': _cfg('https://download.openmmlab.com/mmclassification/v0/revvit/revvit-small_3rdparty_in1k_20221213-a3a34f5c.pth', **_mm),
     'revvit_base_patch16_224.fb_in1k': _cfg('https://dl.fbaipublicfiles.com/pyslowfast/rev/REV_VIT_B.pyth'),
+    'revvit_base_patch16_224.mmpretrain_in1k': _cfg('https://download.openmmlab.com/mmclassification/v0/revvit/revvit-base_3rdparty_in1k_20221213-87a7b0a5.pth', **_mm),
     'revvit_large_patch16_224': _cfg()})
 
 # %% ../nbs/04_vit.ipynb #eefa17ab
 def _create(variant, size, pretrained=False, **kwargs):
     "A registered model: `size` with `kwargs` on top"
     return build_model_with_cfg(RevViT, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=3, feature_cls='getter'), **{**asdict(vit_sizes[size]), **kwargs})
+        feature_cfg=dict(out_indices=3, feature_cls='getter'), **_tuples({**asdict(vit_sizes[size]), **kwargs}))
+
+def _tuples(kwargs): return {k: tuple(v) if isinstance(v, list) else v for k,v in kwargs.items()}
 
 @register_model
 def revvit_tiny_patch16_224(pretrained=False, **kwargs)->RevViT:

@@ -1,0 +1,257 @@
+"What a notebook cannot show about images: JPEGs of many kinds through the whole loader, processes that die, and resuming, with 0, 1 and 2 workers"
+import copy as copying, gc, hashlib, io, json, multiprocessing, os, pickle, random, shutil, signal, subprocess, sys, time, unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+from revvit.images import EpochDL, ImageTransform, UnreadableFile, digits_dls, image_dls, image_files, open_image, rand_augs, shard_dls
+
+cfg = dict(input_size=(3,32,32), mean=(.485,.456,.406), std=(.229,.224,.225), interpolation='bicubic', crop_pct=.875)
+full = dict(rand_aug=rand_augs['rev_vit_b'])
+pytestmark = pytest.mark.filterwarnings('ignore')
+
+def picture(k, size=(90,60)):
+    "A smooth coloured picture, another for each `k`"
+    y,x = np.mgrid[:size[1],:size[0]]
+    return Image.fromarray(np.stack([127+120*np.sin(x/(9+k)+y/11), 127+120*np.cos(y/(5+k)), np.full_like(x, 20*k%250, float)], -1).astype(np.uint8))
+
+def save_kind(path, kind, k):
+    "One file of a kind that people have"
+    im,exif = picture(k, (50+7*k, 80-5*k)),Image.Exif()
+    exif[274] = 6
+    if kind == 'I;16': return Image.fromarray((np.asarray(im.convert('L'))*257.).astype(np.uint16)).save(path.with_suffix('.png'))
+    if kind in ('P','RGBA','LA','1'): return (im.quantize(16) if kind == 'P' else im.convert(kind)).save(path.with_suffix('.png'))
+    if kind == 'webp': return im.save(path.with_suffix('.webp'))
+    options = dict(progressive=dict(progressive=True), turned=dict(exif=exif), subsampled=dict(subsampling=2), low=dict(quality=5))
+    im.convert(kind if kind in ('L','CMYK') else 'RGB').save(path.with_suffix('.JPEG'), quality=options.get(kind, {}).pop('quality', 92), **options.get(kind, {}))
+
+kinds = ['RGB','L','CMYK','progressive','turned','subsampled','low','I;16','P','RGBA','LA','1','webp']
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    "Two classes, every kind of file in each, in both parts"
+    root = tmp_path_factory.mktemp('data')
+    for part in ('train','val'):
+        for c,name in enumerate(('n01440764','zoë\'s "cats" & dogs')):
+            (root/part/name).mkdir(parents=True)
+            for k,kind in enumerate(kinds): save_kind(root/part/name/f'{k:02} {kind.replace(";","")}', kind, k%8+c)
+    return root
+
+@pytest.fixture
+def copy(folder, tmp_path): return Path(shutil.copytree(folder, tmp_path/'copy'))
+
+def plain(dl): return [tuple(o.as_subclass(torch.Tensor) for o in b) for b in dl]
+def loaders(path, workers=0, bs=4, seed=1, **kw): return image_dls(path, cfg, bs=bs, workers=workers, seed=seed, device='cpu', **kw)
+
+@pytest.mark.parametrize('workers', [0,1,2])
+def test_R35_every_kind_of_file_trains(folder, workers):
+    "R35: grey, CMYK, palette, 16-bit, transparent, turned, progressive: each becomes a finite (3, 32, 32) with its folder's label"
+    dls = loaders(folder, workers, aug=full)
+    x,y = map(torch.cat, zip(*plain(dls.train)))
+    assert x.shape == (24,3,32,32) and x.isfinite().all() and set(y.tolist()) == {0,1}
+    x,y = map(torch.cat, zip(*plain(dls.valid)))
+    assert y.tolist() == [0]*13+[1]*13
+    assert torch.equal(x, torch.stack([ImageTransform(cfg)(p) for p in image_files(folder)[1]]))
+
+def test_R35_the_same_picture_in_every_kind(tmp_path):
+    "R35: whatever the file, the picture comes out: close to the original, upright, not cut off at 8 bits"
+    ref = np.asarray(picture(0, (50,80)).convert('L')).astype(float)
+    for kind in kinds:
+        save_kind(tmp_path/'a', kind, 0)
+        f = next(tmp_path.iterdir())
+        got = open_image(f, 1)
+        if kind == 'turned': got = got.rotate(90, expand=True)   # orientation 6 turns clockwise; back
+        err = np.asarray(got).astype(float)-ref
+        assert abs(err.mean()) < 10 if kind == '1' else np.abs(err).mean() < (25 if kind in ('low','P') else 4), kind   # one bit a pixel keeps the mean only
+        f.unlink()
+
+def damage(path, how):
+    data = path.read_bytes()
+    path.write_bytes(dict(truncated=data[:len(data)//2], zero=b'', html=b'<!doctype html>', header=b'\xff'*20+data[20:])[how])
+
+@pytest.mark.parametrize('workers', [0,2])
+@pytest.mark.parametrize('how', ['truncated','html','header'])
+def test_R35_raise_names_the_file(copy, how, workers):
+    "R35: by default one sentence with the path ends the run"
+    bad = copy/'train'/'n01440764'/'00 RGB.JPEG'
+    damage(bad, how)
+    with pytest.raises(UnreadableFile) as e: plain(loaders(copy, workers).train)
+    assert f'{bad}: ' in str(e.value)
+    gc.collect(); assert not multiprocessing.active_children()
+
+@pytest.mark.parametrize('workers', [0,1,2])
+def test_R35_skip_counts_and_keeps_labels(copy, workers):
+    "R35: skipped files are counted, in training and validation; no label is another picture's"
+    def top_left(im): return torch.tensor([im.size[0]*1000+im.size[1], *np.asarray(im)[0,0], *np.asarray(im)[-1,-1]]).float()[:,None,None]
+    files = image_files(copy)[0]
+    known = {tuple(top_left(open_image(p)).flatten().tolist()): p for p in files}
+    for part in ('train','val'):
+        for name in ('00 RGB.JPEG','05 subsampled.JPEG'): damage(copy/part/'n01440764'/name, 'truncated')
+    dls = loaders(copy, workers, bs=5, tfm=top_left, on_bad='skip')
+    epoch = plain(dls.train)
+    seen = [(known[tuple(x.flatten().tolist())], y) for b in epoch for x,y in zip(b[0], b[1].tolist())]
+    assert all(('n01440764' in p) == (y == 0) for p,y in seen)
+    assert len(epoch) == 5 and len({p for p,_ in seen}) == len(seen)
+    left_out = set(dls.train.bad_items())
+    assert left_out <= {str(copy/'train'/'n01440764'/o) for o in ('00 RGB.JPEG','05 subsampled.JPEG')} and len(seen)+len(left_out) == 25
+    assert sum(len(y) for _,y in dls.valid) == 24 and len(dls.valid.bad_items()) == 2
+
+@pytest.mark.parametrize('workers', [0,2])
+def test_R35_skipping_keeps_the_other_batches(copy, workers):
+    "R35, R40: a torn file changes no other item of the epoch"
+    before = plain(loaders(copy, aug=full).train)
+    damage(copy/'train'/'n01440764'/'00 RGB.JPEG', 'truncated')
+    after = plain(loaders(copy, workers, aug=full, on_bad='skip').train)
+    assert len(after) == len(before)
+    for (xa,ya),(xb,yb) in zip(after, before):
+        if len(ya) == len(yb): assert torch.equal(xa, xb) and torch.equal(ya, yb)
+        else: assert len(ya) == len(yb)-1 and all(any(torch.equal(o, p) for p in xb) for o in xa)
+
+class Custom(Exception): pass
+
+@pytest.mark.parametrize('workers', [0,1,2])
+@pytest.mark.parametrize('kind', [TypeError, KeyError, IndexError, ZeroDivisionError, AttributeError, Custom])
+def test_R37_own_exceptions_arrive(folder, kind, workers):
+    "R37: an exception in a user's transform has its own type and the file's path, whatever the policy for torn files"
+    def tfm(im): raise kind('mine')
+    with pytest.raises(kind, match=r'(JPEG|png|webp): mine') as e: plain(loaders(folder, workers, tfm=tfm, on_bad='skip').train)
+    assert type(e.value) is kind and str(folder) in str(e.value)
+
+def refused(path, **kw):
+    with pytest.raises((ValueError, OSError)) as e: loaders(path, **kw)
+    said = str(e.value)
+    assert '\n' not in said and said.startswith(str(path)), said
+    return said[len(str(path))+1:]
+
+def test_R38_found_before_the_first_epoch(copy):
+    "R38: each fault of a folder is one sentence that begins with its path"
+    (copy/'val'/'new').mkdir(); assert refused(copy).startswith("val: the class 'new' is not in 'train'")
+    (copy/'train'/'new').mkdir(); assert refused(copy).startswith("train: no images for the class 'new' (files that end in .jpg")
+    picture(1).save(copy/'train'/'new'/'a.jpg'); assert refused(copy).startswith("val: no images for the class 'new'")
+    (copy/'val'/'new').rmdir(); assert refused(copy).startswith("val: no folder for the class 'new' of 'train'")
+    shutil.rmtree(copy/'train'/'new')
+    (copy/'train'/'N01440764').mkdir(); assert "'N01440764' and 'n01440764' are one name written twice" in refused(copy)
+    (copy/'train'/'N01440764').rmdir()
+    (copy/'val'/'.hidden').mkdir(); loaders(copy)
+    twin = copy/'val'/'n01440764'/'twin.jpg'
+    os.link(copy/'train'/'n01440764'/'00 RGB.JPEG', twin); assert refused(copy).endswith('are one and the same file')
+    twin.unlink(); twin.symlink_to(copy/'gone.jpg'); assert refused(copy) == f'val/n01440764/twin.jpg: No such file or directory'
+    twin.unlink(); twin.write_bytes(b''); assert refused(copy) == f'val/n01440764/twin.jpg: the image file is empty (0 bytes)'
+    assert len(loaders(copy, on_bad='skip').valid_ds) == 26
+    shutil.rmtree(copy/'val'); assert refused(copy) == 'val: no such folder'
+    shutil.rmtree(copy/'train'); (copy/'train').mkdir(); assert refused(copy) == 'train: holds no folders, one for each class is needed'
+
+def test_R38_no_permission(copy, monkeypatch):
+    "R38: a file that this user may not read (the system is asked, which tells root yes: so its answer is replaced)"
+    f,may = copy/'train'/'n01440764'/'00 RGB.JPEG',os.access
+    monkeypatch.setattr(os, 'access', lambda p, mode: str(p) != str(f) and may(p, mode))
+    assert refused(copy) == 'train/n01440764/00 RGB.JPEG: no permission to read it'
+    with pytest.warns(UserWarning, match='1 unreadable file is left out: .*no permission to read it'): assert len(loaders(copy, on_bad='skip').train_ds) == 25
+    assert len(loaders(copy, check=False).train_ds) == 26
+
+def test_R38_names(tmp_path):
+    "R38: unicode, spaces, newlines and quotes in names work and keep their order; two spellings of one accented name do not"
+    names = sorted(['a b', 'tab\tnew\nline', 'épée', '日本', "o'\"x", '%s{}'])
+    for part in ('train','val'):
+        for i,n in enumerate(names):
+            (tmp_path/part/n).mkdir(parents=True)
+            picture(i).save(tmp_path/part/n/f' {n}.jpg')
+    dls = loaders(tmp_path, bs=2, workers=1)
+    assert list(dls.vocab) == names and torch.cat([y for _,y in plain(dls.valid)]).tolist() == list(range(6))
+    (tmp_path/'train'/unicodedata.normalize('NFD', 'épée')).mkdir()
+    assert 'are one name written twice' in refused(tmp_path)
+
+def slow(im): time.sleep(.02); return torch.zeros(3,4,4)
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='needs signals')
+@pytest.mark.parametrize('how', ['SIGKILL','SIGTERM'])
+def test_R39_a_killed_worker_is_noticed(folder, how):
+    "R39: a worker that dies ends the pass within 30 s with the cause, and leaves no process behind"
+    it = iter(loaders(folder, 2, bs=2, tfm=slow).train)
+    next(it)
+    start = time.monotonic()
+    os.kill(multiprocessing.active_children()[0].pid, getattr(signal, how))
+    with pytest.raises(RuntimeError, match='a process that reads data was ended from outside, most often for want of memory: DataLoader worker .*pid'): list(it)
+    assert time.monotonic()-start < 30
+    del it; gc.collect()
+    assert not multiprocessing.active_children()
+
+epochs_script = """
+import sys, torch, hashlib, random, warnings
+warnings.filterwarnings('ignore')
+from revvit.images import image_dls, rand_augs
+path,workers,epoch,batch = sys.argv[1],*map(int, sys.argv[2:])
+random.seed(workers+7); torch.manual_seed(workers)
+dl = image_dls(path, dict(input_size=(3,32,32), mean=(.485,.456,.406), std=(.229,.224,.225), interpolation='bicubic', crop_pct=.875), bs=4, workers=workers, seed=1,
+               aug=dict(rand_aug=rand_augs['rev_vit_b']), device='cpu').train
+dl.set_epoch(epoch, batch)
+for x,y in dl: print(hashlib.sha256(x.numpy().tobytes()+y.numpy().tobytes()).hexdigest())
+"""
+
+def test_R40_same_batches_in_another_process(folder, tmp_path):
+    "R40: a new process that is told epoch and batch goes on with the very bytes, with any number of workers"
+    dl = loaders(folder, 0, aug=full).train
+    ref = [[hashlib.sha256(x.numpy().tobytes()+y.numpy().tobytes()).hexdigest() for x,y in plain(dl)] for _ in range(3)]
+    run = subprocess.run([sys.executable, '-c', epochs_script, str(folder), '2', '2', '3'], capture_output=True, text=True, cwd=tmp_path)
+    assert run.stdout.split() == ref[2][3:], run.stderr
+
+@pytest.mark.parametrize('workers', [1,2])
+def test_R40_workers_change_nothing(folder, workers):
+    "R40: two epochs, equal to the bit; the global generators are neither asked nor moved"
+    ref = loaders(folder, 0, aug=full).train
+    ref = [plain(ref), plain(ref)]
+    torch.manual_seed(workers); np.random.seed(workers); random.seed(workers)
+    dl = loaders(folder, workers, aug=full).train
+    state = torch.get_rng_state(),np.random.get_state()[1].tolist(),random.getstate()
+    assert_close([plain(dl), plain(dl)], ref, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), state[0]) and np.random.get_state()[1].tolist() == state[1] and random.getstate() == state[2]
+    assert not torch.equal(ref[0][0][0], ref[1][0][0])
+
+@pytest.mark.parametrize('world', [2,3])
+def test_R40_processes_share_one_order(folder, world):
+    "R40: the batches of several processes are the parts of one process's; held-out items are dealt out once"
+    ref = plain(loaders(folder, bs=6, aug=full).train)
+    parts = [loaders(folder, bs=6//world, aug=full, rank=r, world=world) for r in range(world)]
+    assert_close([tuple(map(torch.cat, zip(*b))) for b in zip(*(plain(o.train) for o in parts))], ref, rtol=0, atol=0)
+    assert sorted(i for o in parts for i in o.valid.get_idxs()) == list(range(26))
+
+def test_R40_digits_resume_and_share():
+    "R40: the bundled digits too: batches of an epoch from the middle, and halves of two processes"
+    dl = digits_dls(bs=128, device='cpu', seed=2).train
+    ref = [plain(dl), plain(dl)]
+    dl.set_epoch(1, 7)
+    assert_close(plain(dl), ref[1][7:], rtol=0, atol=0)
+    labels = [[y for _,y in plain(digits_dls(bs=64, device='cpu', seed=2, rank=r, world=2).train)] for r in (0,1)]
+    assert_close([torch.cat(o) for o in zip(*labels)], [y for _,y in ref[0]], rtol=0, atol=0)
+
+def test_loaders_travel(folder):
+    "A loader can be copied, pickled and emptied, as `learn.export` does; a new one of it keeps its seed"
+    dls = loaders(folder, aug=full)
+    ref = plain(dls.train)
+    for other in (copying.deepcopy(dls), pickle.loads(pickle.dumps(dls))):
+        other.train.set_epoch(0)
+        assert_close(plain(other.train), ref, rtol=0, atol=0)
+    assert len(dls.new_empty().train) == 0
+    assert dls.train.new().seed == 1
+
+def test_shards_resume_by_epoch(folder, tmp_path):
+    "Tar shards: the same seed and number of workers repeat an epoch in a new loader, and the held-out images come in order"
+    wds = pytest.importorskip('webdataset')
+    files,held,vocab = image_files(folder)
+    for part,items in dict(train=files, val=held).items():
+        with wds.ShardWriter(f'{tmp_path}/{part}-%04d.tar', maxcount=7, verbose=0) as out:
+            for i,f in enumerate(items):
+                data = io.BytesIO(); open_image(f).save(data, 'jpeg')
+                out.write({'__key__': f'{i:04}', 'jpg': data.getvalue(), 'cls': vocab.index(Path(f).parent.name)})
+    counts = [7,7,7,5]
+    (tmp_path/'_info.json').write_text(json.dumps(dict(splits={p: dict(name=p, num_samples=26, filenames=[f'{p}-{i:04}.tar' for i in range(4)], shard_lengths=counts) for p in ('train','val')})))
+    def dls(): return shard_dls(tmp_path, cfg, vocab, bs=4, workers=2, seed=3, aug=full, device='cpu')
+    a = dls().train
+    ref = [list(a), list(a)]
+    b = dls().train
+    b.set_epoch(1)
+    assert_close(list(b), ref[1], rtol=0, atol=0)
+    assert torch.cat([y for _,y in dls().valid]).tolist() == [0]*13+[1]*13

@@ -1,0 +1,352 @@
+"""Videos: exact frames from many codecs, containers and rates; what is damaged is refused or left out by name (R36-R38); batches that depend on seed and list alone (R40).
+Every frame of a test video shows its own number in binary, as eight black and white stripes, so that a wrong frame is seen whatever the codec did to it."""
+import multiprocessing, os, random, re, time, warnings
+from fractions import Fraction
+from pathlib import Path
+
+import av, numpy as np, pytest, torch
+from PIL import Image
+from revvit import videos
+from revvit.images import UnreadableFile, digits
+from revvit.videos import ClipTransform, Video, clip_dls, clip_files, clip_indices, directions, is_video, moving_digits, moving_digits_dls, read_clip_list
+
+torch.set_num_threads(1)
+NTSC = Fraction(30000, 1001)
+CFG = dict(input_size=(3,4,48,64), mean=(0.,)*3, std=(1.,)*3, interpolation='bilinear', crop_pct=1., frame_stride=5)
+
+def stripes(i, size=(48,64)): return np.repeat([255*(i>>b&1) for b in range(7, -1, -1)], size[1]//8)[None,:,None].repeat(size[0], 0).repeat(3, 2).astype(np.uint8)
+
+def write(path, n=40, rate=30, codec='libx264', size=(48,64), times=None, start=0, sound=False, options=None, **codec_options):
+    "A video of frames numbered from `start`"
+    with av.open(str(path), 'w', options=options or {}) as c:
+        s = c.add_stream(codec, rate=rate, options={k:str(v) for k,v in codec_options.items()})
+        s.height,s.width,s.pix_fmt,s.codec_context.thread_count = *size,'yuv420p',1
+        a = c.add_stream('mp2' if path.suffix in ('.mkv','.avi','.ts') else 'aac', rate=48000) if sound else None
+        for i in range(n):
+            frame = av.VideoFrame.from_ndarray(stripes(start+i, size))
+            frame.pts,frame.time_base = (times or range(n))[i],1/Fraction(rate)
+            c.mux(s.encode(frame))
+        c.mux(s.encode())
+        if a:   # a second more than the pictures last
+            for k in range(int((n/rate+1)*48000/1152)):
+                f = av.AudioFrame.from_ndarray(np.zeros((1,1152), np.float32 if a.format.name=='fltp' else np.int16), format=a.format.name, layout='mono')
+                f.sample_rate,f.pts = 48000,k*1152
+                c.mux(a.encode(f))
+            c.mux(a.encode())
+    return path
+
+def shown(x):
+    "Numbers that frames (N, 3, H, W) show"
+    w = x.shape[3]//8
+    return [int(''.join('01'[o>.5*x.max()] for o in bits), 2) for bits in x.float().mean((1,2))[:,w//2::w]]
+
+@pytest.fixture(scope='module')
+def tmp(tmp_path_factory): return tmp_path_factory.mktemp('videos')
+
+# ---------------------------------------------------------------- R36: exact frames
+
+rates = {'25': 25, '29.97': NTSC, '30': 30, '60': 60, '23.976': Fraction(24000,1001), '12.5': Fraction(25,2)}
+forms = [(suffix, codec, dict(bf=bf, g=g) if 'vpx' not in codec else dict(g=g, deadline='realtime', **{'auto-alt-ref': 1, 'lag-in-frames': 5 if bf else 0}))
+         for suffix,codec in (('mp4','libx264'),('mov','libx264'),('mkv','libx264'),('ts','libx264'),('avi','libx264'),('flv','libx264'),('mp4','mpeg4'),('avi','mpeg4'),('mkv','mpeg4'),('mpg','mpeg2video'),('webm','libvpx-vp9'),('webm','libvpx'))
+         for bf,g in ((0,250),(2,12)) if not (codec=='mpeg2video' and bf==0)]
+
+@pytest.mark.parametrize('rate', rates)
+def test_R36_every_frame_is_itself(tmp, rate):
+    "All frames at once, some in any order, and single ones from the end, for each container and codec, with and without frames predicted from both sides"
+    wrong,n = [],31
+    for suffix,codec,options in forms:
+        if codec=='mpeg2video' and rate=='12.5': continue   # MPEG-2 knows no such rate
+        path = write(tmp/f'{codec}{options["g"]}.{suffix}', n, rates[rate], codec, **options)
+        with Video(path) as v:
+            some = [n-1, 3, 3, 0, n//2, 17]
+            got = (v.frames, round(v.rate, 2), shown(v.read(range(v.frames))), shown(v.read(some)), [shown(v.read([i]))[0] for i in (30,22,14,6)])
+        if got!=(n, round(float(rates[rate]), 2), list(range(n)), some, [30,22,14,6]): wrong.append((path.name, got))
+    assert not wrong
+
+def test_R36_sampled_clip_is_the_rule(tmp):
+    "Train range and test views against numbers computed here, from the rule: a clip spans stride*T/30 seconds, views start at k/V of what is free, indices are floors of even steps, the last frame repeats"
+    def rule(frames, rate, T, stride, at):
+        span = stride*T/30*rate
+        start = max(frames-span, 0)*at
+        exact = [min(max(start+k*(span-1)/(T-1), 0), frames-1) for k in range(T)]
+        return exact
+    for frames,rate,T,stride,at in ((300,30,16,4,0),(300,30,16,4,.8),(250,25,16,4,.4),(600,59.94,16,4,.2),(299,29.97,32,3,.6),(40,30,16,4,.5),(2,30,16,4,.3),(150,15,8,8,.99)):
+        for got,want in zip(clip_indices(frames, rate, T, stride, at=at), rule(frames, rate, T, stride, at)):
+            assert got==int(want) or abs(want-round(want))<1e-4 and abs(got-want)<1+1e-4
+    for rate in (25, NTSC, 30, 60):
+        path = write(tmp/'views.mp4', 120, rate)
+        x = ClipTransform(CFG, views=5)(path)
+        assert [shown(o.transpose(0,1)) for o in x]==[clip_indices(120, float(rate), 4, 5, at=k/5) for k in range(5)]
+    seen = set()
+    for o in range(40):
+        random.seed(o)
+        seen |= {clip_indices(120, 30., 4, 5, at=random.random())[0]}
+    assert min(seen)<10 and 90<max(seen)<=100
+
+def test_R36_too_short_repeats_its_last_frame(tmp):
+    x = ClipTransform(CFG, views=2)(write(tmp/'short.mp4', 3))
+    assert [shown(o.transpose(0,1)) for o in x]==[[0,2,2,2]]*2
+
+@pytest.mark.parametrize('suffix,codec', [('mp4','libx264'),('mkv','libx264'),('webm','libvpx-vp9')])
+def test_R36_uneven_rate_goes_by_time(tmp, suffix, codec):
+    "Half a second at 60 frames a second, then two at 10: what is shown at a moment is the frame of that moment"
+    times = [*range(30), *range(30, 150, 6)]
+    with Video(write(tmp/f'uneven.{suffix}', 50, 60, codec, times=times)) as v:
+        got = shown(v.read(range(v.frames)))
+        at = [times[k]/60 for k in got]
+        moment = [i/v.rate for i in range(v.frames)]
+    nearest = [max(t for t in times if t/60<=m+.5/v.rate+1e-3)/60 for m in moment]
+    late = [a-b for a,b in zip(at, nearest)]
+    assert max(map(abs, late))<=1.01/v.rate and got==sorted(got) and got[0]==0
+
+def test_R36_edit_list_and_sound(tmp):
+    "Frames that an mp4 hides at its start are not counted; sound that goes on longer than the pictures is no truncation"
+    src = write(tmp/'whole.mp4', 60, g=12, bf=2)
+    with av.open(str(src)) as i, av.open(str(tmp/'edited.mp4'), 'w') as o:
+        t,shift = o.add_stream_from_template(i.streams.video[0]),None
+        for p in i.demux(video=0):
+            if p.dts is None: continue
+            shift = shift or int(20/(30*p.time_base))
+            p.pts -= shift; p.dts -= shift; p.stream = t
+            o.mux(p)
+    with Video(tmp/'edited.mp4') as v: assert shown(v.read(range(v.frames)))==list(range(20, 60))
+    for suffix in ('mp4','mkv','avi','ts'):
+        with Video(write(tmp/f'sound.{suffix}', 30, sound=True, bf=0)) as v: assert shown(v.read(range(v.frames)))==list(range(30))
+
+def test_R36_turned_video(tmp):
+    for degrees,size in ((90,(64,48)),(180,(48,64)),(-90,(64,48))):
+        with av.open(str(tmp/'turned.mp4'), 'w') as c:
+            s = c.add_stream('libx264', rate=30)
+            s.height,s.width,s.pix_fmt = 48,64,'yuv420p'
+            s.set_display_rotation(degrees)
+            for i in range(4): c.mux(s.encode(av.VideoFrame.from_ndarray(stripes(37))))
+            c.mux(s.encode())
+        with Video(tmp/'turned.mp4') as v: x = v.read([3])
+        assert x.shape[2:]==size and shown(x.rot90(-degrees//90, (2,3)))==[37]
+
+@pytest.mark.parametrize('name', ['-dash.mp4', 'a:b.mp4', 'http:.mp4', 'per%03dcent.mp4', 'two\nlines.mp4', "quo'te\".mp4", 'ünï 視頻.mp4', 'concat:x|y.mp4'])
+def test_R36_any_name(tmp, name):
+    (tmp/'plain.mp4').exists() or write(tmp/'plain.mp4')
+    (tmp/name).write_bytes((tmp/'plain.mp4').read_bytes())
+    with Video(tmp/name) as v: assert shown(v.read([5]))==[5]
+    assert is_video(name)
+
+# ---------------------------------------------------------------- R36: what cannot be read
+
+def sentence(path, call):
+    "The refusal: one line that begins with the path"
+    with pytest.raises((UnreadableFile, FileNotFoundError)) as e: call(path)
+    said = str(e.value)
+    assert said.startswith(f'{path}: ') and '\n' not in said[len(str(path)):] and len(said)<len(str(path))+120, said
+    return said[len(str(path))+2:]
+
+def bad_files(folder):
+    "Name and content of files that are no videos, and what is said of them"
+    silence = av.AudioFrame.from_ndarray(np.zeros((1,4096), np.float32), format='fltp', layout='mono'); silence.sample_rate = 8000
+    with av.open(str(folder/'sound.mp4'), 'w') as c:
+        s = c.add_stream('aac', rate=8000)
+        c.mux(s.encode(silence)); c.mux(s.encode())
+    with av.open(str(folder/'no frames.mkv'), 'w') as c:
+        s = c.add_stream('mpeg4', rate=30); s.height = s.width = 32; s.pix_fmt = 'yuv420p'
+        c.start_encoding()
+    for k in ('mp4','mkv','avi'): write(folder/f'one.{k}', 1, codec='mpeg4')
+    Image.fromarray(stripes(3)).save(folder/'picture.jpg'); (folder/'picture.jpg').rename(folder/'picture.mp4')
+    Image.fromarray(stripes(3)).save(folder/'picture.png'); (folder/'picture.png').rename(folder/'picture.webm')
+    (folder/'zero.mp4').touch(); (folder/'folder.mp4').mkdir()
+    (folder/'page.mp4').write_text('<!doctype html><title>404</title>'*50); (folder/'story.txt').write_text('once upon a time\n'*500)
+    (folder/'noise.mp4').write_bytes(np.random.RandomState(0).bytes(5000)); (folder/'lfs.mp4').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:00\n')
+    (folder/'list.mp4').write_text('ffconcat version 1.0\nfile one.mp4\n'); (folder/'play.m3u8').write_text('#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nhttp://localhost:1/a.ts\n#EXT-X-ENDLIST\n')
+    whole = write(folder/'whole.mp4').read_bytes(); (folder/'no index.mp4').write_bytes(whole[:len(whole)//2])
+    said = {'sound.mp4': 'there is sound in it but no video', 'zero.mp4': r'the video file is empty \(0 bytes\)', 'folder.mp4': 'a folder, not a video file', 'missing.mp4': 'no such video file', 'no index.mp4': 'the video has no index, it is probably truncated'}
+    return {**said, **{f'one.{k}': 'a video of 1 frame, at least 2 are needed' for k in ('mp4','mkv','avi')}, 'picture.mp4': '', 'picture.webm': '', 'no frames.mkv': '', 'page.mp4': 'not a video', 'story.txt': 'not a video', 'noise.mp4': 'not a video', 'lfs.mp4': 'not a video', 'list.mp4': 'not a video', 'play.m3u8': ''}
+
+def test_R36_no_video_one_sentence(tmp):
+    (folder := tmp/'bad').mkdir()
+    for name,said in bad_files(folder).items():
+        assert re.match(said, sentence(folder/name, Video)), name
+        sentence(folder/name, ClipTransform(CFG))
+
+@pytest.mark.skipif(os.name!='posix' or os.geteuid()==0, reason='everything may be read here')
+def test_R36_no_permission(tmp):
+    write(tmp/'locked.mp4').chmod(0)
+    assert 'permission' in sentence(tmp/'locked.mp4', Video)
+
+@pytest.mark.parametrize('suffix,codec,options', [('mp4','libx264',{}),('mp4','libx264',dict(movflags='faststart')),('mp4','mpeg4',dict(movflags='frag_keyframe+empty_moov')),('mkv','libx264',{}),('webm','libvpx-vp9',{}),('avi','mpeg4',{})])
+def test_R36_truncated_anywhere(tmp, suffix, codec, options):
+    "Cut at 15 places a file is refused, or what it says to have is right: then less than a quarter of a second is gone, or more of a fragmented mp4, which cannot know"
+    raw,refused,fragmented = write(tmp/f'full.{suffix}', 60, codec=codec, options=options, g=10).read_bytes(),0,'empty_moov' in str(options)
+    for part in np.linspace(.02, .97, 15):
+        (cut := tmp/f'cut.{suffix}').write_bytes(raw[:int(len(raw)*part)])
+        try:
+            with Video(cut) as v: n,x = v.frames,v.read(range(v.frames))
+        except UnreadableFile as e: refused += str(e).startswith(f'{cut}: ')
+        else: assert shown(x[:-1])==list(range(n-1)) and shown(x[-1:])[0] in (n-2,n-1) and (n>=60-9 or fragmented)
+    assert refused>=(5 if fragmented else 12)
+
+def test_R36_flipped_bytes_never_surprise(tmp):
+    "A video with garbage inside gives all its frames, or the sentence; no other error, no other number of frames"
+    rng,kinds = np.random.RandomState(0),set()
+    for suffix,codec in (('mp4','libx264'),('mkv','mpeg4'),('webm','libvpx-vp9')):
+        raw = write(tmp/f'good.{suffix}', 40, codec=codec).read_bytes()
+        for k in range(12):
+            bad = bytearray(raw); at = rng.randint(40, len(raw)-40)
+            bad[at:at+30] = rng.bytes(30)
+            (path := tmp/f'garbage.{suffix}').write_bytes(bad)
+            try:
+                with Video(path) as v: kinds.add(tuple(v.read(range(0, min(v.frames, 60), 3)).shape[1:])==(3,48,64))
+            except UnreadableFile as e: kinds.add(str(e).startswith(f'{path}: '))
+    assert kinds=={True}
+
+# ---------------------------------------------------------------- lists and loaders
+
+kinds = [('mp4','libx264',30,(48,64)), ('webm','libvpx-vp9',25,(48,64)), ('mkv','mpeg4',24,(64,48)), ('avi','mpeg4',30,(48,64)), ('mov','libx264',NTSC,(64,96)), ('mp4','mpeg4',60,(48,64))]
+
+def fill(folder, train=12, val=4):
+    "A Kinetics-style data set of two classes: frames of the second are numbered from 128"
+    folder.mkdir(parents=True)
+    for part,n in (('train',train),('val',val)):
+        names = [f'{part} ünï {i}.{kinds[i%6][0]}' for i in range(n)]
+        for i,name in enumerate(names): write(folder/name, 20+i, kinds[i%6][2], kinds[i%6][1], kinds[i%6][3], start=128*(i%2))
+        (folder/f'{part}.csv').write_text('\n'.join(f'{o} {i%2}' for i,o in enumerate(names)), encoding='utf8')
+    return folder
+
+@pytest.fixture(scope='module')
+def data(tmp): return fill(tmp/'my data')
+
+def numbers(frames): return torch.tensor(shown(frames)).view(1,-1,1,1).float()
+def dls(data, **kw): return clip_dls(data, CFG, **{**dict(bs=4, workers=0, device='cpu', tfm=numbers), **kw})
+def batches(dl): return [tuple(o.as_subclass(torch.Tensor) for o in b) for b in dl]
+def quiet(call):
+    "The answer, and what was warned"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always', UserWarning)
+        return call(), [str(o.message) for o in said if o.category is UserWarning]
+
+@pytest.mark.parametrize('workers', [0,2])
+def test_R36_policy_raise_or_skip_never_another_label(data, tmp, workers):
+    "One torn, one empty and one missing video: named at once or left out and counted; the numbers in every clip still say its label"
+    (torn := tmp/f'torn{workers}').mkdir()
+    for o in data.iterdir(): (torn/o.name).write_bytes(o.read_bytes())
+    f = torn/'train ünï 3.avi'; f.write_bytes(f.read_bytes()[:f.stat().st_size//2])
+    with pytest.raises(UnreadableFile, match=r'train ünï 3\.avi: '): batches(dls(torn, workers=workers).train)
+    (torn/'train ünï 6.mp4').write_bytes(b''); (torn/'train ünï 9.avi').unlink()
+    with pytest.raises(UnreadableFile, match=r'train ünï 6\.mp4: the video file is empty \(0 bytes\) \(and 1 more such files\)'): dls(torn)
+    with pytest.raises(UnreadableFile, match=r'train ünï \d\.\w+: '): batches(dls(torn, check=False, workers=workers).train)
+    d,said = quiet(lambda: dls(torn, on_bad='skip', workers=workers))
+    assert len(said)==1 and said[0].startswith('2 unreadable files are left out: ') and len(d.train_ds)==10
+    for d in (d, dls(torn, on_bad='skip', workers=workers, check=False)):
+        got,said = quiet(lambda: batches(d.train))
+        bad = sorted(Path(o).name for o in d.train.bad_items())
+        assert bad==['train ünï 3.avi'] if len(d.train_ds)==10 else set(bad)<={'train ünï 3.avi','train ünï 6.mp4','train ünï 9.avi'} and bad
+        assert any(f'{len(bad)} of {len(d.train_ds)} items cannot be read and are left out: ' in o for o in said)
+        x,y = map(torch.cat, zip(*got))
+        assert ((x.flatten(1)>=128).long()==y[:,None]).all()
+
+class Mine(Exception): pass
+
+@pytest.mark.parametrize('workers', [0,1])
+def test_R37_own_mistakes_keep_their_type_and_name_the_file(data, workers):
+    for kind in (TypeError, ZeroDivisionError, Mine) if workers else (TypeError, KeyError, IndexError, AssertionError, MemoryError, Mine):
+        def wrong(frames): raise kind('my mistake')
+        dl = dls(data, tfm=wrong, workers=workers, on_bad='skip').train
+        with pytest.raises(kind, match=r'train ünï \d+\.\w+: my mistake'): batches(dl)
+
+def test_R38_lists(tmp):
+    "Each mistake is found before anything is decoded, and says list and line"
+    path = tmp/'list.csv'
+    for text,said in {'': ': the list is empty', '\n\n  \n': ': the list is empty', 'a.mp4': ", line 1: expected `path label`, got 'a.mp4'", 'a.mp4 0\nb.mp4 -1': ", line 2: the label must be a whole number from 0 up, got '-1'",
+                      'a.mp4 1.0': "got '1.0'", 'a.mp4 cat': "got 'cat'", 'a.mp4 1e3': "got '1e3'", 'a.mp4 ٣': "got '٣'", 'a.mp4 7': ', line 1: the label must be below 7, got 7', 'a.mp4 999999999999999999999': 'must be below 7',
+                      'a.mp4 0\nb.mp4 0\na.mp4 0': ", line 3: 'a.mp4' is already in line 1", 'a.mp4 0\n./a.mp4 1': ", line 2: './a.mp4' is already in line 1", '"a.mp4 0': ', line 1: the quotes do not match', '"a"b 0': 'the quotes do not match',
+                      'a.mp4\t0': 'expected `path label`', 'a.mp4,0': 'expected `path label`', '"x\ny.mp4" 0\nb.mp4 9': ', line 3: the label must be below 7, got 9'}.items():
+        path.write_text(text, encoding='utf8')
+        with pytest.raises(ValueError) as e: read_clip_list(path, classes=7)
+        assert str(e.value).startswith(str(path)) and said in str(e.value) and str(e.value).count('\n')<=text.count('x\ny'), (text, str(e.value))
+    path.write_bytes('\ufeffa.mp4 0\r\nb c.mp4  1 \r\n'.encode())
+    assert {os.path.relpath(k, tmp): v for k,v in read_clip_list(path).items()}=={'a.mp4': 0, 'b c.mp4': 1}
+
+@pytest.mark.parametrize('name', ['a b.mp4', '"quo""ted"" too.mp4"', '"two\nlines.mp4"', 'ünï/視頻.mp4', '"sub/../x y.mp4"'])
+def test_R38_paths_end_to_end(tmp, name):
+    "Spaces, quotes, line breaks and other alphabets, relative and absolute, with and without a root: the right video comes"
+    real,folder = name.strip('"').replace('""', '"'),tmp/f'paths{abs(hash(name))}'
+    (folder/real).parent.mkdir(parents=True, exist_ok=True)
+    (folder/'sub').mkdir(exist_ok=True)
+    write(folder/real, 20, start=77); write(folder/'other.mp4', 20); write(folder/'held.mp4', 20, start=5); write(folder/'held too.mp4', 20, start=6)
+    absolute = f'{folder}/{real}'.replace('"', '""')
+    for line,root in ((name, None), (name, folder), (f'"{absolute}"', '/nowhere')):
+        (folder/'train.csv').write_text(f'{line} 1\n{folder}/other.mp4 0', encoding='utf8'); (folder/'val.csv').write_text(f'{folder}/held.mp4 0\n"{folder}/held too.mp4" 1')
+        d = dls(folder, bs=2, root=root)
+        got = {int(y): int(x.min())>=77 for x,y in d.train_ds}
+        assert got=={0: False, 1: True} and sorted(os.path.basename(o) for o in d.train_ds.items)==sorted(['other.mp4', os.path.basename(real)])
+
+def test_R38_classes(data, tmp):
+    lists = {k: (data/f'{k}.csv').read_text(encoding='utf8').splitlines() for k in ('train','val')}
+    def says(train=lists['train'], val=lists['val'], classes=None):
+        (data/'t.csv').write_text('\n'.join(train), encoding='utf8'); (data/'v.csv').write_text('\n'.join(val), encoding='utf8')
+        if classes: (data/'classes.txt').write_text(classes, encoding='utf8')
+        try:
+            with pytest.raises(ValueError) as e: clip_files(data, 't.csv', 'v.csv')
+        finally: (data/'classes.txt').unlink(missing_ok=True)
+        return str(e.value).replace(f'{data}{os.sep}', '')
+    assert says(train=lists['train'][::2])=="t.csv: no video of the class '1'"
+    assert says(val=lists['val'][1::2], classes='cat\nbig dog')=="v.csv: no video of the class 'cat'"
+    assert says(classes='cat\ndog\ncow')=="t.csv: no video of the class 'cow'"
+    assert says(classes='cat')=='classes.txt: names 1 classes, the lists have 2'
+    assert says(classes='cat\ncat')=="classes.txt: the class 'cat' is named twice"
+    assert says(train=[*lists['train'], 'train ünï 0.mp4 1'])=="t.csv, line 13: 'train ünï 0.mp4' is already in line 1"
+    assert 'is in \'t.csv\' too' in says(val=[*lists['val'], lists['train'][0]])
+    assert says(train=[*lists['train'], 'gone.mp4 1'])=='gone.mp4: no such video file'
+
+AUG = dict(rand_aug='rand-m7-n4-mstd0.5-inc1', erase=.5)
+def test_R40_batches_depend_on_seed_and_list_alone(data):
+    "Bit for bit the same at 0, 1 and 2 workers, two epochs, whatever the global generators do; from the middle of an epoch; and shared out to two processes"
+    def loader(workers=0, seed=3, bs=4, **kw): return dls(data, tfm=None, aug=AUG, repeats=2, workers=workers, seed=seed, bs=bs, **kw).train
+    def same(a, b): return len(a)==len(b) and all(torch.equal(x, y) for p,q in zip(a, b) for x,y in zip(p, q))
+    dl = loader()
+    first = [batches(dl), batches(dl)]
+    assert [o[0].shape for o in first[0]]==[(8,3,4,48,64)]*3 and not same(*first)
+    for w in (1,2):
+        random.seed(w); np.random.seed(w); torch.manual_seed(w)
+        dl = loader(w)
+        dl.one_batch()
+        assert same(batches(dl), first[0]) and same(batches(dl), first[1])
+        dl = loader(w)
+        dl.set_epoch(1, batch=2)
+        assert same(batches(dl), first[1][2:])
+    assert not same(batches(loader(seed=4)), first[0])
+    halves = [batches(loader(bs=2, rank=r, world=2)) for r in (0,1)]
+    assert same([tuple(map(torch.cat, zip(*b))) for b in zip(*halves)], first[0])
+    assert same(batches(dls(data).valid), batches(dls(data, workers=2).valid))
+
+def test_R40_loading_leaves_the_global_generators_alone(data):
+    random.seed(1); np.random.seed(1); torch.manual_seed(1)
+    want = random.random(),np.random.rand(),torch.rand(1).item()
+    dl = dls(data, tfm=None, aug=AUG).train   # fastai draws a number when a loader is made
+    random.seed(1); np.random.seed(1); torch.manual_seed(1)
+    batches(dl)
+    assert (random.random(),np.random.rand(),torch.rand(1).item())==want
+
+# ---------------------------------------------------------------- moving digits
+
+@pytest.mark.skipif('fork' not in multiprocessing.get_all_start_methods(), reason='writers are forked')
+def test_moving_digits_written_once_and_whole(tmp, monkeypatch):
+    "A kill while writing leaves nothing that looks like the data; two writers at once agree"
+    few = [o[:400] for o in digits()]
+    monkeypatch.setattr(videos, 'digits', lambda: few)
+    target = tmp/'moving'
+    def start():
+        p = multiprocessing.get_context('fork').Process(target=moving_digits, args=(target,))
+        p.start()
+        return p
+    def written(): return len(list(tmp.glob('.moving_digits*/new/*/*.mp4')))
+    p = start()
+    while written()<20: time.sleep(.01)
+    p.kill(); p.join()
+    assert not target.exists()
+    both = [start(), start()]
+    for p in both: p.join(120)
+    assert [p.exitcode for p in both]==[0,0]
+    train,held,vocab = clip_files(target)
+    assert (len(train), len(held), vocab)==(40, 360, directions) and len(list(target.rglob('*.mp4')))==400
+    assert moving_digits_dls(bs=8, folder=target, device='cpu').train.one_batch()[0].shape==(8,3,8,32,32)
+    before = {o: o.stat().st_mtime_ns for o in target.rglob('*')}
+    assert moving_digits(target)==target and before=={o: o.stat().st_mtime_ns for o in target.rglob('*')}
