@@ -7,7 +7,7 @@ __all__ = ['command', 'revvit_train', 'revvit_predict', 'revvit_test']
 
 # %% ../nbs/11_cli.ipynb #f0aeb6c7
 import argparse, inspect, io, itertools, os, platform, shlex, sys, time, warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import wraps
 from json import dumps
 from pathlib import Path
@@ -47,18 +47,19 @@ def command(func):
         warnings.filterwarnings('ignore', category=FutureWarning)   # fastai and timm still use torch.jit
         words = [a.split('=')[0].replace('_','-') + a[len(a.split('=')[0]):] if a.startswith('--') else a for a in (sys.argv[1:] if argv is None else argv)]
         try: return func(**vars(_parser(func).parse_args(words))) or 0
+        except (FloatingPointError, ChildProcessError) as e: code,said = 1,_sentence(e)
         except (ValueError, OSError) as e: code,said = 2,_sentence(e)
-        except FloatingPointError as e: code,said = 1,_sentence(e)
         except KeyboardInterrupt as e: code,said = 130,_sentence(e) or 'interrupted'
         print(f"{func.__name__}: {said}", file=sys.stderr)
         return code
     return _run
 
 # %% ../nbs/11_cli.ipynb #f8012a07
-def _claim(out, name):
-    "A new folder for a run"
+def _claim(out, name, resume=False):
+    "A folder for a run: a new one, or with `resume` one with a state in it, if there is"
+    if resume and (old := _resumable(out, name)): return old
     if out is not None:
-        if out.is_dir() and any(out.iterdir()): raise ValueError(f"{out} is not empty: choose another folder, or delete this one first")
+        if out.is_dir() and any(out.iterdir()): raise ValueError(f"{out} is not empty{' and holds no state to go on from' if resume else ''}: choose another folder, or delete this one first")
         out.mkdir(parents=True, exist_ok=True)
         return out
     for i in itertools.count(1):
@@ -66,6 +67,12 @@ def _claim(out, name):
         try: out.mkdir(parents=True)
         except FileExistsError: continue
         return out
+
+def _resumable(out, name):
+    "The folder to go on in; None if there is none"
+    states = [*(Path('runs').glob(f'{name}*/state-*.pth') if out is None else out.glob('state-*.pth'))]
+    states = [o for o in states if out is not None or o.parent.name==name or o.parent.name.removeprefix(f'{name}-').isdigit()]
+    return max(states, key=os.path.getmtime).parent if states else None
 
 def _newest(name='checkpoint.pth'):
     "The checkpoint written last under `runs`"
@@ -92,13 +99,16 @@ def _config(r, learn, **kwargs):
 
 # %% ../nbs/11_cli.ipynb #a2679be2
 def _fit(learn, epochs, ckpt):
-    "Train; on Ctrl-C say what is left. Returns the seconds it took"
+    "Train; if stopped, say what is left. Returns the seconds it took"
     t = time.time()
+    def left(): return f"{ckpt} holds the model after epoch {len(learn.recorder.values)-1}, and the same command with --resume goes on" if ckpt.exists() else "no epoch was finished, so there is no checkpoint"
     try: learn.fit(epochs)
     except KeyboardInterrupt:
         print()
-        left = f"{ckpt} holds the model after epoch {len(learn.recorder.values)-1}" if ckpt.exists() else "no epoch was finished, so there is no checkpoint"
-        raise KeyboardInterrupt(f"stopped in epoch {learn.epoch}; {left}") from None
+        raise KeyboardInterrupt(f"stopped in epoch {learn.epoch}; {left()}") from None
+    except RuntimeError as e:   # PyTorch notices a dead reader by a signal, anywhere in the loop
+        if not ('a process that reads data was ended' in str(e) or 'DataLoader worker (pid' in str(e)): raise
+        raise ChildProcessError(f"stopped in epoch {learn.epoch}: a process that reads data was killed, most often for want of memory; {left()}") from e
     return time.time()-t
 
 def _sample_digit(out):
@@ -111,44 +121,107 @@ def _sample_digit(out):
     return out/f'digit_{labels[i]}.png'
 
 # %% ../nbs/11_cli.ipynb #d2ca001c
+def _test(out, r, data, workers):
+    "One line on how good the checkpoint in `out` is"
+    from revvit.checkpoints import load_model
+    from revvit.inference import eval_loader, evaluate
+    from fastai.torch_core import default_device
+    m = load_model(out/'checkpoint.pth').to(default_device())
+    res = evaluate(m, eval_loader(m, data, r.batch_size, workers or 0))
+    return f"top-1 {100*res['top1']:.2f} %, top-5 {100*res['top5']:.2f} % of {res['n']} held-out files" + (", 5 views each" if r.data!='images' else "")
+
+def _look(recipe, workers, seed, threads, save_steps):
+    "Refuse what cannot be meant"
+    from revvit.training import recipes
+    if recipe not in recipes: raise ValueError(f"there is no recipe {recipe!r}; there is: {', '.join(recipes)}")
+    if workers is not None and workers<0: raise ValueError(f"workers must be 0 or more, got {workers}")
+    if not 0<=seed<2**32: raise ValueError(f"seed must be from 0 to {2**32-1}, got {seed}")
+    for k,v in dict(threads=threads, save_steps=save_steps).items():
+        if v is not None and v<1: raise ValueError(f"{k} must be 1 or more, got {v}")
+
+def _own_data(r, data, workers, on_bad):
+    "Where the data are, and keywords for their loader"
+    if r.data=='digits':
+        if data: raise ValueError("the recipe digits brings its own data: leave --data out")
+        return None,dict(workers=workers or 0)
+    if r.data!='moving_digits' and workers is None: workers = max(1, min(16, os.cpu_count()//int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+    return data,dict(workers=workers or 0, on_bad=on_bad)
+
+# %% ../nbs/11_cli.ipynb #cbcef47c
 @command
 def revvit_train(
-    recipe:str='digits', # What to train; there is: digits
+    recipe:str='digits', # What to train: digits, moving_digits, rev_vit_s, rev_vit_b, rev_mvit_b or rev_mvit_b_16x4
+    data:Path|None=None, # Folder with train/ and val/ of one folder of images per class, or for videos with the lists train.csv and val.csv of lines "path label"; moving_digits are written there if need be, by default in the user's cache
     out:Path|None=None, # Folder for the results, new or empty; by default runs/RECIPE, then runs/RECIPE-2, ...
-    epochs:int|None=None, # Passes over the training images; by default the recipe's (digits: 60)
-    batch_size:int|None=None, # Images a step; by default the recipe's (digits: 64). Without --lr, the learning rate changes in proportion
+    epochs:int|None=None, # Passes over the training images; by default the recipe's (digits: 60). The warm-up changes in proportion
+    batch_size:int|None=None, # Images a step, or videos, of all processes together; by default the recipe's (digits: 64). Without --lr, the learning rate changes in proportion
     lr:float|None=None, # Highest learning rate of AdamW, reached after the warm-up; by default the recipe's (digits: 0.004)
     threads:int|None=None, # CPU threads; by default the recipe's: 1 for the digits, whose matrices are too small to share
-    workers:int=0, # Processes that read images; 0 reads in the main process
-    seed:int=0, # Of the starting weights, the order of the images, augmentation and drop path
+    workers:int|None=None, # Processes that read data, 0 to read in the main process; by default 0 for the digits, else one for each CPU core, at most 16
+    seed:int=0, # Of the starting weights, the order of the images, augmentation, mixup and drop path
     amp:str='auto', # Mixed precision on a GPU: bf16, fp16, off, or auto for the best it has; float32 on a CPU
     weights:Path|None=None, # Checkpoint of the same model to start from; by default random weights
+    average:float|None=None, # Measure and save a moving average of the weights with this decay per step, such as 0.9999; by default none
+    on_bad:str='raise', # Files that cannot be read: raise ends the run with the first, skip leaves them out and counts them
+    resume:bool=False, # Go on with the run in --out, or with the last one of this recipe; with none to go on with, begin one
+    save_steps:int|None=None, # Save the state of the run every so many steps too; by default after each epoch
 ):
-    "Train a reversible vision transformer; without arguments, on handwritten digits that come with the package."
+    "Train a reversible vision transformer; without arguments, on handwritten digits that come with the package. Starts on several GPUs with torchrun --nproc_per_node N --no-python revvit_train ..."
     import torch
-    from revvit.training import learner, plot_history, recipe_dls, recipe_model, recipes, record_run
-    from revvit.checkpoints import load_checkpoint
-    if recipe not in recipes: raise ValueError(f"there is no recipe {recipe!r}; there is: {', '.join(recipes)}")
-    if workers<0: raise ValueError(f"workers must be 0 or more, got {workers}")
-    if not 0<=seed<2**32: raise ValueError(f"seed must be from 0 to {2**32-1}, got {seed}")
-    if threads is not None and threads<1: raise ValueError(f"threads must be 1 or more, got {threads}")
+    from revvit.distributed import from_first, join_group, leave_group
+    from revvit.training import recipes
+    _look(recipe, workers, seed, threads, save_steps)
     r = recipes[recipe].changed(epochs=epochs, batch_size=batch_size, lr=lr)
+    if average is not None: r = replace(r, average=average)
     if threads or r.threads: torch.set_num_threads(threads or r.threads)
-    dls = recipe_dls(r, workers=workers, seed=seed)
+    join_group()
+    try:
+        learn,kwargs = _learner(r, data, seed, amp, weights, workers, on_bad)
+        out = from_first(_claim, out, recipe, resume)
+        done = _train(learn, r, out, resume, save_steps, dict(recipe=recipe, data=str(data or ''), out=str(out), seed=seed, amp=amp, weights=str(weights or ''), resume=resume, save_steps=save_steps, **kwargs))
+    finally: leave_group()
+    if done is not None: _finish(learn, r, out, data, done, kwargs['workers'])
+
+def _learner(r, data, seed, amp, weights, workers, on_bad):
+    "The learner, and what its loaders were told"
+    from revvit.checkpoints import load_checkpoint
+    from revvit.training import learner, recipe_dls, recipe_model
+    data,kwargs = _own_data(r, data, workers, on_bad)
+    dls = recipe_dls(r, data, seed=seed, **kwargs)
     model = recipe_model(r, len(dls.vocab), seed)
     if weights: print(load_checkpoint(model, weights))
-    learn = learner(dls, r, model, seed=seed, amp=amp)
-    out = _claim(out, recipe)
+    return learner(dls, r, model, seed=seed, amp=amp),kwargs
+
+# %% ../nbs/11_cli.ipynb #250e6757
+def _train(learn, r, out, resume, save_steps, told):
+    "Train; the seconds it took, in the first process"
+    from fastai.torch_core import rank_distrib
+    from revvit.distributed import distribute
+    from revvit.resume import keep_state
+    from revvit.training import record_run
     record_run(learn, out, r.image_cfg)
-    cfg = _config(r, learn, recipe=recipe, out=str(out), seed=seed, workers=workers, amp=amp, weights=str(weights or ''))
-    for k,v in cfg.items(): print(f'{k:16} {v}')
-    _write(out/'config.json', dumps(cfg, indent=1))
+    distribute(keep_state(learn, out, resume, save_steps))
+    if not rank_distrib():
+        cfg = _config(r, learn, **told)
+        for k,v in cfg.items(): print(f'{k:16} {v}')
+        _write(out/'config.json', dumps(cfg, indent=1))
     took = _fit(learn, r.epochs, out/'checkpoint.pth')
+    return None if rank_distrib() else took
+
+def _finish(learn, r, out, data, took, workers):
+    "Picture, test and last words"
+    from revvit.training import plot_history
     plot_history(learn, out/'history.png')
-    sample = _sample_digit(out)
-    print(f"{100*learn.recorder.values[-1][2]:.2f} % of {len(dls.valid_ds)} test images right, {took:.0f} s of training; in {out}: {', '.join(sorted(o.name for o in out.iterdir()))}")
+    best = f"{100*learn.recorder.values[-1][2]:.2f} % of {len(learn.dls.valid_ds)} test images right"
     elsewhere = '' if out.parent==Path('runs') else f" --weights {shlex.quote(str(out/'checkpoint.pth'))}"
-    print(f"Now try: revvit_predict {shlex.quote(str(sample))}{elsewhere}")
+    if r.data=='digits': sample = _sample_digit(out)
+    elif r.data=='moving_digits':
+        from revvit.videos import moving_digits
+        folder = moving_digits(data)
+        best,sample = _test(out, r, folder, workers),folder/(folder/'val.csv').read_text().split()[0]
+    else: best,sample = _test(out, r, data, workers),None
+    print(f"{best}, {took:.0f} s of training; in {out}: {', '.join(sorted(o.name for o in out.iterdir()))}")
+    if sample: print(f"Now try: revvit_predict {shlex.quote(str(sample))}{elsewhere}")
 
 # %% ../nbs/11_cli.ipynb #a5a275c3
 def _model_for(weights, name, classes, device):

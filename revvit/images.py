@@ -138,6 +138,12 @@ class DigitJitter(RandTransform):
         return x.affine_coord(mat[:,:2], pad_mode='zeros', align_corners=False)
 
 # %% ../nbs/07_images.ipynb #df3ff6b9
+def _seed(*key):
+    "Start the generators of Python, NumPy and PyTorch's CPU from `key`; a seed for others"
+    py,nump,cpu,more = (int(o) for o in np.random.SeedSequence(key).generate_state(4))
+    random.seed(py); np.random.seed(nump); torch.default_generator.manual_seed(cpu)   # torch.manual_seed would touch every GPU
+    return more
+
 @contextmanager
 def seeded(
     *key:int, # Whole numbers from 0 up; another key gives other draws
@@ -146,10 +152,9 @@ def seeded(
     "Python, NumPy and PyTorch draw from the start that `key` names, then go on as before"
     gpus = [device] if device is not None and device.type=='cuda' else []
     old = random.getstate(), np.random.get_state(), torch.get_rng_state(), [torch.cuda.get_rng_state(o) for o in gpus]
-    py,nump,cpu = (int(o) for o in np.random.SeedSequence(key).generate_state(3))
-    random.seed(py); np.random.seed(nump); torch.default_generator.manual_seed(cpu)   # torch.manual_seed would touch every GPU
+    more = _seed(*key)
     for o in gpus:
-        with torch.cuda.device(o): torch.cuda.manual_seed(cpu)
+        with torch.cuda.device(o): torch.cuda.manual_seed(more)
     try: yield
     finally:
         random.setstate(old[0]); np.random.set_state(old[1]); torch.set_rng_state(old[2])
@@ -220,20 +225,25 @@ def get_idxs(self:EpochDL)->list: # Of this process, in the order in which they 
 
 # %% ../nbs/07_images.ipynb #4421066a
 @patch
-def do_item(self:EpochDL, i):
-    if i is None: return next(o for o in map(self.do_item, range(self.n)) if o is not None)   # fastai wants any item, to see its types
+def _read(self:EpochDL, i):
+    "Item `i`, or None if it cannot be read; does not put the generators back"
     if self.bad[i]: return None
-    try:
-        with seeded(self.seed, self._now, 1, i): return super(EpochDL, self).do_item(i)
+    _seed(self.seed, self._now, 1, i)
+    try: return super(EpochDL, self).do_item(i)
     except UnreadableFile:
         if self.on_bad=='raise': raise
         self.bad[i] = True
 
 @patch
+def do_item(self:EpochDL, i):
+    with seeded(0): return self._read(i) if i is not None else next(o for o in map(self._read, range(self.n)) if o is not None)   # None: fastai wants any, to see its types
+
+@patch
 def create_batches(self:EpochDL, samps):
     samps = list(samps)
     for i in range(0, len(samps), self.bs):
-        if b := [o for o in map(self.do_item, samps[i:i+self.bs]) if o is not None]: yield self.do_batch(b)
+        with seeded(0): b = [o for o in map(self._read, samps[i:i+self.bs]) if o is not None]   # once a batch: saving states takes longer than seeding
+        if b: yield self.do_batch(b)
 
 @patch
 def bad_items(self:EpochDL)->list: # Items of the data set
@@ -251,7 +261,8 @@ def __iter__(self:EpochDL):
             with seeded(self.seed, epoch, 2, i*self.world+self.rank, device=self.device): b = next(it, None)
         except Exception as e:
             if self.fake_l.num_workers: traceback.clear_frames(e.__traceback__)   # these hold PyTorch's iterator, and with it the workers
-            if not str(e).startswith('DataLoader worker'): raise
+            gone = str(e).startswith('DataLoader worker') or self.fake_l.num_workers and isinstance(e, (ConnectionError,EOFError))   # the latter if it was about to send a batch
+            if not gone: raise
             raise RuntimeError(f"a process that reads data was ended from outside, most often for want of memory: {e}") from None
         if b is None: break
         yield b

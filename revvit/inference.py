@@ -73,15 +73,15 @@ def _to(x, model):
 # %% ../nbs/09b_inference.ipynb #2760dcda
 _s,_b,_m,_c = 'revvit_small_patch16_224.fb_in1k','revvit_base_patch16_224.fb_in1k','revmvit_base_224.fb_in1k','revmvit_base_16x4_224.fb_k400'
 _aliases = {'REV_VIT_S':_s, 'REV_VIT_B':_b, 'REV_MVIT_B_16_CONV':_m, 'REV_MVIT_B':_m, 'REV_MVIT_B_16x4_CONV':_c, 'REV_MVIT_B_16x4':_c,
-            'revvit-small_3rdparty_in1k':_s, 'revvit-base_3rdparty_in1k':_b}
+            'revvit-small_3rdparty_in1k':_s, 'revvit-base_3rdparty_in1k':_b, 'revvit-small_8xb256_in1k':_s, 'revvit-base_8xb256_in1k':_b}
 
 def _ours(): return timm.list_models(['revvit_*','revmvit_*'])
 
 def model_name(
-    name:str, # A name that timm knows, SlowFast's configuration or mmpretrain's name
+    name:str, # A name that timm knows, SlowFast's configuration, mmpretrain's name or configuration
 )->str: # timm's
     "The name under which `timm.create_model` knows a model"
-    name = _aliases.get(str(name).split('/')[-1].removesuffix('.yaml'), str(name))
+    name = _aliases.get(str(name).split('/')[-1].removesuffix('.yaml').removesuffix('.py'), str(name))
     if not timm.is_model(name): raise ValueError(f"there is no model {name!r}; ours are {', '.join(_ours())}, and the publishers' names are {', '.join(_aliases)}")
     return name
 
@@ -149,11 +149,13 @@ def _look(model, path, views):
         tokens = (model.forward_features(o[None]) for o in _to(_views(model, path, views), model))   # one view at a time: memory for one
         seen = [(model.forward_head(o).double().softmax(1), model.forward_head(o, pre_logits=True).double()) for o in tokens]
     probs,feats = (torch.cat(o).mean(0).cpu() for o in zip(*seen))
+    if feats.ndim>1: raise ValueError("the model does not pool its tokens (global_pool=''), so a file has no single answer: reset_classifier(n, 'avg') changes that")
     if probs.isnan().any(): raise FloatingPointError(f"{path}: the model's output is not a number")
     return probs,feats
 
 def _answer(model, probs):
     "mmpretrain's four words for probabilities"
+    if not model.num_classes: raise ValueError("the model has no classifier, only features")
     i = probs.argmax().item()
     return dict(pred_label=i, pred_score=probs[i].item(), pred_scores=probs.tolist(), pred_class=class_names(model)[i])
 
@@ -209,12 +211,14 @@ def evaluate(
             _check_batch(logp, y, n)
             hits = logp.topk(min(5, logp.shape[1])).indices==y[:,None]
             n,right1,right5 = n+len(y),right1+hits[:,0].sum().item(),right5+hits.sum().item()
-            loss -= logp.gather(1, y[:,None]).sum().item()
+            loss -= logp.gather(1, y[:,None].long()).sum().item()
     if not n: raise ValueError("there is nothing to evaluate: the loader has no items")
     return dict(top1=right1/n, top5=right5/n, loss=loss/n, n=n)
 
 def _check_batch(logp, y, n):
     "Refuse labels that are no class, and outputs that are no number; `n` items came before"
+    if logp.ndim!=2: raise ValueError(f"expected logits of shape (B, classes), got {tuple(logp.shape)}")
+    if y.shape!=logp.shape[:1] or y.is_floating_point(): raise ValueError(f"expected {len(logp)} labels, whole numbers, got {y.dtype} of shape {tuple(y.shape)}")
     if bad := [(i,o) for i,o in enumerate(y.tolist(), n) if not 0<=o<logp.shape[1]]: raise ValueError(f"item {bad[0][0]} has the label {bad[0][1]}, but the model has {logp.shape[1]} classes, 0 to {logp.shape[1]-1}")
     if (nan := logp.isnan().any(1)).any(): raise FloatingPointError(f"item {n+nan.nonzero()[0].item()}: the model's output is not a number")
 
@@ -271,10 +275,11 @@ def _items(model, data):
 def eval_loader(
     model, # What the files are for
     data:str|Path, # Folder of class folders, or one with a folder `val` of them; for clips also a list of `path label`, or a folder with the list `val.csv`
-    bs:int=32, # Files a batch
+    bs:int|None=None, # Files a batch; None takes 32 images or 4 videos
     workers:int=0, # Processes that read; 0 reads in this one
     views:int=5, # Clips of a video to average over
 )->DataLoader: # For `evaluate`
     "Loader of all files of a test set, for `model`"
+    if bs is None: bs = 4 if _is_clip(model) else 32
     if bs<1 or workers<0: raise ValueError(f"the batch size must be 1 or more and workers 0 or more, got {bs} and {workers}")
     return DataLoader(FileItems(_items(model, Path(data)), _transform(model, views)), bs, num_workers=workers)

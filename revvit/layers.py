@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_images', 'PatchEmbed', 'PreNorm', 'attention_half', 'MlpHalf', 'mlp_half', 'StreamFusion', 'PooledFusion',
-           'OverlapPatchEmbed', 'HeadPool', 'again', 'PoolingAttention']
+           'OverlapPatchEmbed', 'HeadPool', 'untouched', 'again', 'PoolingAttention']
 
 # %% ../nbs/03_layers.ipynb #245ac78b
 import math
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 from torch.nn import functional as F
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from timm.layers import Attention, Mlp, register_notrace_module, to_2tuple
 from timm.layers import PatchEmbed as TimmPatchEmbed
@@ -181,34 +182,68 @@ class HeadPool(nn.Module):
     ):
         super().__init__()
         if any(k<1 or k%2==0 for k in kernel): raise ValueError(f"pooling kernels must be odd, got {_by(kernel)}")
-        self.conv = nn.Conv3d(head_dim, head_dim, kernel, stride, [k//2 for k in kernel], groups=head_dim, bias=False)
+        self.head_dim,self.kernel,self.stride = head_dim,tuple(kernel),tuple(stride)
+        self.flat = kernel[0]==stride[0]==1   # frame by frame: the weights of images have four dimensions, as `channels_last` wants them
+        conv = nn.Conv2d if self.flat else nn.Conv3d
+        self.conv = conv(head_dim, head_dim, kernel[self.flat:], stride[self.flat:], [k//2 for k in kernel[self.flat:]], groups=head_dim, bias=False)
         self.norm = nn.LayerNorm(head_dim, eps=eps)
 
     def forward(self, x):
-        c,heads = self.conv,x.shape[-1]//self.conv.in_channels
-        (reach,*_),(step,*stride),(pad,*padding) = c.kernel_size,c.stride,c.padding
-        T,times = x.shape[1],-(-x.shape[1]//step)
-        def frames(k): # every frame's product with the k-th slice of the kernel
-            w = c.weight[:,:,k].repeat(heads, 1, 1, 1)
-            y = F.conv2d(x.flatten(0, 1).movedim(-1, 1), w, None, stride, padding, 1, len(w)) # B*T D h w
-            return y.movedim(1, -1).unflatten(0, x.shape[:2])
-        y = frames(pad)[:,::step]
-        for k in (*range(pad), *range(pad+1, reach)):
-            lo,hi = max(0, -(-(pad-k)//step)),min(times, (T-1+pad-k)//step+1) # the times whose k-th frame is not outside
-            if lo<hi: y[:,lo:hi] += frames(k)[:,lo*step+k-pad:(hi-1)*step+k-pad+1:step]
-        return self.norm(y.unflatten(-1, (heads, -1))).flatten(-2)
+        y = self.in_place(x) if untouched(self.conv, nn.Conv2d, nn.Conv3d) else self.folded(x)
+        return self.norm(y.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+
+# %% ../nbs/03_layers.ipynb #f01fca5f
+@patch
+def in_place(self:HeadPool, x:torch.Tensor):
+    "Convolution of all heads at once, by the weights of `conv`"
+    (reach,*_),(step,*stride),heads = self.kernel,self.stride,x.shape[-1]//self.head_dim
+    T,times,pad = x.shape[1],-(-x.shape[1]//step),reach//2
+    def frames(k): # every frame's product with the k-th slice of the kernel
+        w = (self.conv.weight if self.flat else self.conv.weight[:,:,k]).repeat(heads, 1, 1, 1)
+        y = F.conv2d(x.flatten(0, 1).movedim(-1, 1), w, None, stride, [o//2 for o in self.kernel[1:]], 1, len(w)) # B*T D h w
+        return y.movedim(1, -1).unflatten(0, x.shape[:2])
+    y = frames(pad)[:,::step]
+    for k in (*range(pad), *range(pad+1, reach)):
+        lo,hi = max(0, -(-(pad-k)//step)),min(times, (T-1+pad-k)//step+1) # the times whose k-th frame is not outside
+        if lo<hi: y[:,lo:hi] += frames(k)[:,lo*step+k-pad:(hi-1)*step+k-pad+1:step]
+    return y
+
+# %% ../nbs/03_layers.ipynb #59123e86
+def untouched(
+    m:nn.Module, # A layer
+    *kinds, # Classes that it may have
+)->bool:
+    "Is the layer of one of these very classes, without hooks and without a `forward` of its own, so that its weights tell all?"
+    return type(m) in kinds and 'forward' not in m.__dict__ and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+
+@patch
+def folded(self:HeadPool, x:torch.Tensor):
+    "Convolution by calling `conv`, with the heads in the batch"
+    x = x.unflatten(-1, (-1, self.head_dim)).movedim((4,5), (1,2))                # B heads d T H W
+    if not self.flat: return self.conv(x.flatten(0, 1).contiguous()).unflatten(0, x.shape[:2]).movedim((1,2), (4,5)).flatten(-2)
+    y = self.conv(x.transpose(2, 3).flatten(0, 2).contiguous())                   # B*heads*T d h w
+    return y.unflatten(0, (*x.shape[:2], x.shape[3])).movedim((1,3), (4,5)).flatten(-2) # B heads T d h w -> B T h w heads*d
 
 # %% ../nbs/03_layers.ipynb #b6954912
+class _Lend(nn.Module):
+    "Calls `fn(m, *args)`, so that `functional_call` can lend weights to `m`"
+    def __init__(self, m): super().__init__(); self.m = m
+    def forward(self, fn, *args): return fn(self.m, *args)
+
+def _lent(m, weights, fn, *args): return functional_call(_Lend(m), weights, (fn,*args))
+
 def again(
     on:bool, # `False` calls `fn` as usual
-    fn, # Function of tensors that draws no random numbers
-    *args, # What it is called with
+    fn, # Function of a module and tensors that draws no random numbers
+    m:nn.Module, # All of whose weights it may use
+    *args, # Tensors
 ): # What `fn` returns
-    "`fn(*args)`, computed once more in the backward pass instead of keeping activations"
-    if not on or not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None: return fn(*args)
-    return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False)
+    "`fn(m, *args)`, computed once more in the backward pass instead of keeping activations"
+    if not on or not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None: return fn(m, *args)
+    weights = {f'm.{k}':p for k,p in m.named_parameters()}
+    return checkpoint(_lent, m, weights, fn, *args, use_reentrant=False, preserve_rng_state=False)
 
-# %% ../nbs/03_layers.ipynb #9e8cafc1
+# %% ../nbs/03_layers.ipynb #eab00bce
 def _pooled(pool, x, weight, bias): return pool(F.linear(x, weight, bias))
 
 class PoolingAttention(nn.Module):
@@ -234,8 +269,11 @@ class PoolingAttention(nn.Module):
         self.attn_drop,self.proj_drop,self.recompute = nn.Dropout(attn_drop),nn.Dropout(proj_drop),recompute
 
     def forward(self, x):
-        ws,bs = self.qkv.weight.chunk(3),(None,)*3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
-        q,k,v = (again(self.recompute, _pooled, pool, x, w, b) for pool,w,b in zip((self.pool_q,self.pool_k,self.pool_v), ws, bs))
+        pools = (self.pool_q,self.pool_k,self.pool_v)
+        if untouched(self.qkv, nn.Linear):
+            ws,bs = self.qkv.weight.chunk(3),(None,)*3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
+            q,k,v = (again(self.recompute, _pooled, pool, x, w, b) for pool,w,b in zip(pools, ws, bs))
+        else: q,k,v = (pool(o) for pool,o in zip(pools, self.qkv(x).chunk(3, -1)))
         grid = q.shape[1:-1]
         q,k,v = (o.flatten(1, 3).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for o in (q,k,v))  # B heads n head_dim
         o = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.)

@@ -42,6 +42,8 @@ class MViTSize:
         if any(a>=b for a,b in pairwise(s)): raise ValueError(f"stage_starts must rise, above 0 and below the depth: got {self.stage_starts} and depth {self.depth}")
         if self.num_heads<1 or self.embed_dim<1 or self.embed_dim%self.num_heads: raise ValueError(f"num_heads must divide embed_dim: got {self.num_heads} and {self.embed_dim}")
         if self.stream_fusion not in ('mlp','mean'): raise ValueError(f"stream_fusion must be 'mlp' or 'mean', got {self.stream_fusion!r}")
+        for k in ('pool_kernel','q_stride','kv_stride'):
+            if len(v:=getattr(self, k))!=3 or min(v)<1: raise ValueError(f"{k} must be three numbers above 0, over time, height and width: got {v}")
         n = 2 if self.num_frames is None else 3
         if not len(self.patch_kernel)==len(self.patch_stride)==n: raise ValueError(f"{'images' if n==2 else 'clips'} take patches of {n} numbers, got kernel {self.patch_kernel} and stride {self.patch_stride}")
 
@@ -117,7 +119,7 @@ class StageTransition(nn.Module):
 
     def forward(self, x1, x2):
         x = self.fuse(x1, x2)
-        y = again(self.reversible, self.residual, x).to(x.dtype) + self.f(x)
+        y = again(self.reversible, StageTransition.residual, self, x).to(x.dtype) + self.f(x)
         return y + self.g(y)
 
 # %% ../nbs/05_mvit.ipynb #c18a8b41
@@ -347,6 +349,8 @@ def checkpoint_filter_fn(
     "Tensors of a published or own file, for `model`"
     starts = tuple(model.model_args['stage_starts'])
     out = _join_qkv({_mvit_name(k, starts):v for k,v in _unwrap(state_dict).items()})
+    flat = {k for k,p in model.named_parameters() if p.ndim==4 and '.pool_' in k}
+    out = {k: v.squeeze(2) if k in flat and v.ndim==5 and v.shape[2]==1 else v for k,v in out.items()}   # the publisher's kernels have a time axis for images too
     pos,times,new = out.get('pos_embed'),out.get('pos_embed_temporal'),model.patch_embed.grid_size
     if times is not None and times.ndim==3 and len(new)==3: out['pos_embed_temporal'] = _resample_times(times, new[0])
     if pos is None or pos.ndim!=3: return out

@@ -91,6 +91,7 @@ class Video:
     def __exit__(self, *args): self.close()
     def _slot(self, stamp): return round((stamp-self.first)*self.scale)
 
+# %% ../nbs/08_videos.ipynb #496d39ce
 @patch
 def _measure(self:Video):
     "Find the frame rate, the first time stamp and the number of frames; refuse what has lost its end"
@@ -123,12 +124,14 @@ def _from(self:Video,
             yield n if self.counted else self._slot(frame.pts),frame
     except av.FFmpegError as e: raise UnreadableFile(f"{self.path}: the video cannot be decoded, it is damaged ({e.strerror})") from e
 
+# %% ../nbs/08_videos.ipynb #e637e10a
 def _rgb(
     frame, # Decoded, in the video's own colours
 )->np.ndarray: # (H, W, 3), 8 bits, upright
     "A frame as people see it"
     return np.rot90(frame.to_ndarray(format='rgb24'), round(frame.rotation/90)%4)
 
+# %% ../nbs/08_videos.ipynb #ca74636b
 @patch
 def _walk(self:Video,
     wanted:list, # Rising indices
@@ -148,6 +151,7 @@ def _walk(self:Video,
     if wanted[-1]>end: raise UnreadableFile(f"{self.path}: the video stops after {max(end, 0)} of {self.frames} frames, it is truncated or damaged")
     return got | {k: _rgb(last) for k in wanted[len(got):]}
 
+# %% ../nbs/08_videos.ipynb #969b3e5a
 @patch
 def read(self:Video,
     indices:list, # Frames to read, from 0 to `frames`-1, in any order and as often as one likes
@@ -197,6 +201,7 @@ def _check_clip_cfg(
     if not len(cfg['mean'])==len(cfg['std'])==3: raise ValueError(f"mean {cfg['mean']} and std {cfg['std']} must have one value for each of 3 channels")
     return dict(frame_stride=4, frame_rate=30.) | dict(cfg)
 
+# %% ../nbs/08_videos.ipynb #910f2d6f
 def _fit(
     x:torch.Tensor, # Frames (N, 3, H, W)
     size:tuple, # Height and width of the crop
@@ -211,6 +216,7 @@ def _fit(
     top,left = (math.ceil((i-o)/2) for i,o in zip((h,w), size))   # an odd pixel is cut at the top left, as in the publisher's code
     return x[:,:,top:top+size[0],left:left+size[1]]
 
+# %% ../nbs/08_videos.ipynb #b8587c34
 def _normalise(
     x:torch.Tensor, # Frames (..., T, 3, H, W) of 8 bits
     cfg:dict, # For `mean` and `std`
@@ -280,6 +286,7 @@ def _ops(self:ClipAugment,
     try: return rand_augment_transform(self.rand_aug, dict(translate_const=int(side*.45), interpolation=how))
     except (AssertionError, ValueError) as e: raise ValueError(f"rand_aug must be like 'rand-m7-n4-mstd0.5-inc1', got {self.rand_aug!r}") from e
 
+# %% ../nbs/08_videos.ipynb #6af8fbd9
 @patch
 def __call__(self:ClipAugment, frames):
     if self.rand_aug:
@@ -296,14 +303,17 @@ class TensorVideo(TensorImageBase):
     def show(self, ctx=None, max_frames=8, **kwargs):
         x = self if self.ndim==5 else self[None]
         t = torch.linspace(0, x.shape[2]-1, min(max_frames, x.shape[2])).round().long()
-        strip = x[:,:,t].permute(1,0,3,2,4).flatten(3, 4).flatten(1, 2)   # V 3 t H W -> 3 V*H t*W
+        x = torch.nn.functional.pad(x[:,:,t], (0, x.shape[4]//16), value=1.)   # a white line between frames
+        strip = x.permute(1,0,3,2,4).flatten(3, 4).flatten(1, 2)   # V 3 t H W -> 3 V*H t*W
         return show_image(strip, ctx=ctx, **kwargs)
 
 @dispatch
 def show_batch(x:TensorVideo, y, samples, ctxs=None, max_n=4, figsize=None, **kwargs):
-    n = min(max_n, len(samples))
-    if ctxs is None: ctxs = get_grid(n, nrows=n, ncols=1, figsize=figsize or (9, 1.5*n))
-    return get_show_batch_func(object)(x, y, samples, ctxs=ctxs, max_n=n, **kwargs)
+    n,grid = min(max_n, len(samples)),ctxs
+    if grid is None: grid = get_grid(n, nrows=n, ncols=1, figsize=figsize or (9, 1.5*n))
+    grid = get_show_batch_func(object)(x, y, samples, ctxs=grid, max_n=n, **kwargs)
+    if ctxs is None: grid[0].figure.tight_layout()
+    return grid
 
 # %% ../nbs/08_videos.ipynb #a72d0bb7
 def _rows(
@@ -322,6 +332,7 @@ def _rows(
     except csv.Error as e: raise ValueError(f"{path}, line {line}: the quotes do not match ({e})") from e
     except UnicodeDecodeError as e: raise ValueError(f"{path}: not a text file in UTF-8 ({e.reason} at byte {e.start})") from e
 
+# %% ../nbs/08_videos.ipynb #191e986c
 def read_clip_list(
     path:str|Path, # Text file, a line `path label` for each video
     root:str|Path|None=None, # Where relative paths start; None for the folder of the list
@@ -365,6 +376,7 @@ def _faults(
         except OSError as e: return f"{o}: {'no such video file' if isinstance(e, FileNotFoundError) else e.strerror}"
     return {o:said for o in paths if (said := fault(o))}
 
+# %% ../nbs/08_videos.ipynb #f7a04c38
 def clip_files(
     path:str|Path, # Folder that holds the lists
     train:str='train.csv', # List of training videos
@@ -482,7 +494,7 @@ def _moves(
     step = np.array([round(-math.sin(angle)), round(math.cos(angle))])   # rows go down, angles up
     return np.stack([np.roll(screen, at+i*step, (0,1)) for i in range(frames)])
 
-# %% ../nbs/08_videos.ipynb #ceb974f3
+# %% ../nbs/08_videos.ipynb #3473f6c2
 def _write_mp4(
     path:Path, # File to write
     frames:np.ndarray, # (T, H, W), 8 bits
@@ -495,6 +507,7 @@ def _write_mp4(
         for o in frames: c.mux(s.encode(av.VideoFrame.from_ndarray(o, format='gray')))
         c.mux(s.encode())
 
+# %% ../nbs/08_videos.ipynb #ceb974f3
 def _is_moving(folder):
     "Are the moving digits in `folder`?"
     file = folder/'classes.txt'

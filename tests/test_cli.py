@@ -50,7 +50,7 @@ def work(tmp_path_factory):
 
 def test_train_leaves_everything(work):
     out = work/'runs'/'digits'
-    assert sorted(o.name for o in out.iterdir()) == ['checkpoint.pth', 'config.json', 'digit_3.png', 'history.csv', 'history.png']
+    assert sorted(o.name for o in out.iterdir()) == ['checkpoint.pth', 'config.json', 'digit_3.png', 'history.csv', 'history.png', 'state-1.pth']
     assert Image.open(out/'history.png').size[0] > 600 and Image.open(out/'digit_3.png').size == (8, 8)
     assert [list(o) for o in csv.reader((out/'history.csv').open())][0] == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'time']
     config = json.loads((out/'config.json').read_text(encoding='utf8'))
@@ -360,11 +360,27 @@ def test_ctrl_c(workers, tmp_path):
 
 def test_ctrl_c_before_the_first_epoch_ends(tmp_path):
     p = subprocess.Popen([script('revvit_train'), '--batch-size', '1'], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log,end = tmp_path/'runs/digits/history.csv',time.monotonic()+240
-    while not log.exists() and p.poll() is None and time.monotonic() < end: time.sleep(.05)
+    cfg,end = tmp_path/'runs/digits/config.json',time.monotonic()+240
+    while not cfg.exists() and p.poll() is None and time.monotonic() < end: time.sleep(.05)
+    time.sleep(1) # of the many seconds that an epoch of one image a step takes
     p.send_signal(signal.SIGINT)
     _,err = p.communicate(timeout=60)
     assert (p.returncode, err) == (130, 'revvit_train: stopped in epoch 0; no epoch was finished, so there is no checkpoint\n')
+
+@pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='needs /proc')
+def test_R39_a_killed_reader_ends_the_run(tmp_path):
+    "Exit code 1, one sentence, within 30 s; and the same command with --resume gets through"
+    words = ['--epochs', '12', '--batch-size', '64', '--workers', '2', '--out', 'run', '--resume']
+    p = subprocess.Popen([script('revvit_train'), *words], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    ckpt,kids,end = tmp_path/'run/checkpoint.pth',Path(f'/proc/{p.pid}/task/{p.pid}/children'),time.monotonic()+240
+    while not ckpt.exists() and p.poll() is None and time.monotonic() < end: time.sleep(.02)
+    while not kids.read_text() and p.poll() is None and time.monotonic() < end: time.sleep(.002)
+    time.sleep(.1) # into the epoch
+    os.kill(int(kids.read_text().split()[0]), signal.SIGKILL)
+    _,err = p.communicate(timeout=30)
+    assert p.returncode == 1 and err.count('\n') == 1 and 'a process that reads data was killed' in err and 'with --resume goes on' in err, err
+    r = run(tmp_path, 'revvit_train', *words)
+    assert r.returncode == 0 and [o.split(',')[0] for o in (tmp_path/'run/history.csv').read_text().split()] == ['epoch', *map(str, range(12))], r.stderr
 
 def test_spoilt_training_stops(work, tmp_path, here):
     "R26 through the command: weights that are not finite end the run with exit code 1 and one sentence, before anything is saved"

@@ -1,0 +1,180 @@
+"""Several processes, R20: what they compute together is what one computes. `torchrun` starts this very file twice over (Gloo, 127.0.0.1, float64);
+the first process writes what it found, and the tests read that."""
+import json, os, signal, subprocess, sys, time
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest, torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from fastai.vision.all import Callback
+from revvit.distributed import distribute, join_group, leave_group
+from revvit.engine import ReversibleBlock, ReversibleSequence
+from revvit.images import digits_dls
+from revvit.mvit import RevMViT
+from revvit.resume import keep_state, states
+from revvit.training import NonFiniteError, learner, recipes
+from revvit.vit import RevViT
+
+# ---------------------------------------------------------------- what each process does
+
+def mlp(d=8): return nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 2*d), nn.GELU(), nn.Linear(2*d, d))
+
+class Stack(nn.Module):
+    "A sequence of blocks whose two streams differ"
+    def __init__(self): super().__init__(); self.blocks = ReversibleSequence([ReversibleBlock(mlp(), mlp()) for _ in range(3)])
+    def forward(self, x): return sum(self.blocks(x, x.flip(1))).mean(1)
+
+KINDS = dict(sequence=lambda: (Stack(), torch.randn(8, 3, 8)),
+    vit=lambda: (RevViT(img_size=16, patch_size=8, embed_dim=16, num_heads=2, depth=3, num_classes=5), torch.randn(8, 3, 16, 16)),
+    mvit=lambda: (RevMViT(img_size=32, embed_dim=8, depth=4, stage_starts=(1,), num_classes=5), torch.randn(8, 3, 32, 32)))
+DDP = dict(default={}, find_unused=dict(find_unused_parameters=True), static_graph=dict(static_graph=True), bucket_view=dict(gradient_as_bucket_view=True))
+
+def made(kind):
+    torch.manual_seed(0)
+    m,x = KINDS[kind]()
+    return m.double(),x.double()
+def part(x): return x.chunk(dist.get_world_size())[dist.get_rank()]
+def loss(o): return o.square().sum(1).mean()
+def grads(m): return torch.cat([(p.grad.full_tensor() if hasattr(p.grad, 'full_tensor') else p.grad).flatten() for p in m.parameters()])
+def alone(kind):
+    m,x = made(kind)
+    loss(m(x)).backward()
+    return grads(m)
+def error(m, ref): return float((grads(m)-ref).norm()/ref.norm())
+
+def ddp(kind, ref):
+    "Error of the averaged gradient, for each way to use DDP"
+    for name,kw in DDP.items():
+        m,x = made(kind)
+        both = DistributedDataParallel(m, **kw)
+        for _ in range(2): # a static graph is used from the second step on
+            both.zero_grad()
+            loss(both(part(x))).backward()
+        yield name,error(m, ref)
+    m,x = made(kind)
+    both = DistributedDataParallel(m)
+    for i,o in enumerate(part(x).chunk(2)):
+        with both.no_sync() if i==0 else nullcontext(): (loss(both(o))/2).backward()
+    yield 'no_sync',error(m, ref)
+
+def blocks(m): return [b for s in m.modules() if isinstance(s, ReversibleSequence) for b in s]
+WRAPS = dict(root=lambda m: [m], sequences=lambda m: [*(s for s in m.modules() if isinstance(s, ReversibleSequence)), m], blocks=lambda m: [*blocks(m), m],
+    halves=lambda m: [*(o for b in blocks(m) for o in (b.f, b.g)), m], layers=lambda m: [*(o for b in blocks(m) for o in b.g.modules() if isinstance(o, nn.Linear)), m],
+    tail=lambda m: [*([m.neck] if hasattr(m, 'neck') else []), m])
+
+def fsdp(kind, ref):
+    "Error of the gradient, or of what kind and with what words the wrapping was refused"
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.device_mesh import init_device_mesh
+    mesh = init_device_mesh('cpu', (dist.get_world_size(),))
+    for name,parts in WRAPS.items():
+        m,x = made(kind)
+        for o in parts(m): fully_shard(o, mesh=mesh)
+        try:
+            loss(m(part(x))).backward()
+            yield name,error(m, ref)
+        except Exception as e: yield name,f'{type(e).__name__}: {e}'
+        dist.barrier()
+
+small = replace(recipes['digits'], epochs=3, batch_size=256, warmup_epochs=1, average=.9, mixup=.8, model_args=dict(patch_size=4, embed_dim=16, num_heads=2, depth=2, drop_path_rate=.2))
+class Stop(Callback):
+    order = 90
+    def after_batch(self):
+        if self.train_iter==8: raise KeyboardInterrupt
+class Poison(Callback):
+    "A NaN in one process only"
+    order = 40
+    def before_batch(self):
+        if self.training and self.train_iter==2 and dist.get_rank()==1: self.learn.xb = (self.xb[0]*float('nan'),)
+
+def fit(out, *cbs):
+    world = dist.get_world_size()
+    learn = learner(digits_dls(bs=256//world, device='cpu', rank=dist.get_rank(), world=world), small, out=out, seed=2)
+    distribute(keep_state(learn, resume=True, every=2))
+    with learn.no_bar(), learn.no_logging(), learn.added_cbs(cbs):
+        try: learn.fit(small.epochs)
+        except KeyboardInterrupt: pass
+    return learn
+
+def resumed(out):
+    "Do a run in one piece and one in two end with the same bits, here and in the other process?"
+    straight = fit(out/'straight')
+    fit(out/'broken', Stop())
+    dist.barrier()
+    again = fit(out/'broken')
+    mine = [*straight.model.state_dict().values(), *again.model.state_dict().values()]
+    box = [mine]
+    dist.broadcast_object_list(box)
+    n = len(mine)//2
+    same = all(map(torch.equal, mine[:n], mine[n:])) and all(map(torch.equal, mine, box[0])) and straight.recorder.values == again.recorder.values
+    torch.manual_seed(0)
+    draws = [None]*2
+    dist.all_gather_object(draws, float(straight.recorder.losses[-1]))
+    return dict(same=same, log=len((out/'broken'/'history.csv').read_text().splitlines()), files=sorted(o.name for o in (out/'broken').iterdir()), loss=draws)
+
+def main(what, out):
+    torch.set_num_threads(1)
+    join_group(minutes=2)
+    try:
+        if what == 'poison': return fit(out, Poison())
+        found = {f'{test.__name__} {kind} {name}': e for kind in KINDS for test in (ddp, fsdp) for name,e in test(kind, alone(kind))}
+        found['resume'] = resumed(out)
+        if not dist.get_rank(): (out/'found.json').write_text(json.dumps(found))
+    finally: leave_group()
+
+# ---------------------------------------------------------------- the tests
+
+env = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+def torchrun(*args, seconds=240):
+    "Run this file in two processes: exit status, error stream, and whether any process was left"
+    words = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', __file__, *map(str, args)]
+    p = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try: err = p.communicate(timeout=seconds)[1]
+    finally:
+        end,left = time.monotonic()+10,True
+        while left and time.monotonic() < end:
+            try: os.killpg(p.pid, 0)
+            except ProcessLookupError: left = False
+            time.sleep(.1)
+        if left: os.killpg(p.pid, signal.SIGKILL)
+    return p.returncode, err, left
+
+pytestmark = pytest.mark.skipif(not hasattr(os, 'killpg') or not dist.is_available(), reason='needs process groups')
+
+@pytest.fixture(scope='module')
+def found(tmp_path_factory):
+    out = tmp_path_factory.mktemp('two')
+    code,err,left = torchrun('all', out)
+    assert code == 0 and not left, err[-3000:]
+    return json.loads((out/'found.json').read_text())
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('way', [*DDP, 'no_sync'])
+def test_R20_ddp_gives_the_gradient_of_one_process(found, kind, way): assert found[f'ddp {kind} {way}'] < 1e-12
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('wrap', ['root', 'sequences', 'blocks'])
+def test_R20_fsdp_of_the_model_and_of_whole_blocks_is_exact(found, kind, wrap): assert found[f'fsdp {kind} {wrap}'] < 1e-12
+
+@pytest.mark.parametrize('kind,wrap', [(k, w) for k in KINDS for w in ('halves', 'layers', 'tail') if (k, w) != ('sequence', 'tail')])
+def test_R20_fsdp_inside_a_block_is_refused_with_a_remedy(found, kind, wrap):
+    "A half on its own would free its weights before they are needed again"
+    said = found[f'fsdp {kind} {wrap}']
+    assert isinstance(said, str) and 'set_reversible(False)' in said, said
+
+def test_R33_two_processes_stopped_and_resumed_end_with_the_same_bits(found):
+    assert found['resume']['same'] and found['resume']['log'] == 4
+    assert found['resume']['loss'][0] == found['resume']['loss'][1]
+    assert found['resume']['files'] == ['checkpoint.pth', 'history.csv', 'state-2-4.pth', 'state-3.pth'] # and no trace of the other process
+
+def test_R26_a_nan_in_one_process_stops_all(tmp_path):
+    "With its own sentence, a failing exit status, the states from before, and no process left"
+    code,err,left = torchrun('poison', tmp_path, seconds=120)
+    assert code and not left
+    assert 'step 3 (epoch 0): input 0' in err and 'is not finite' in err, err[-3000:]
+    assert [o.name for o in states(tmp_path)] == ['state-0-2.pth']
+
+if __name__ == '__main__': main(sys.argv[1], Path(sys.argv[2]))
