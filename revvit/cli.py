@@ -147,6 +147,17 @@ def _own_data(r, data, workers, on_bad):
     if r.data!='moving_digits' and workers is None: workers = max(1, min(16, os.cpu_count()//int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
     return data,dict(workers=workers or 0, on_bad=on_bad)
 
+# %% ../nbs/11_cli.ipynb #a2dc0731
+def _learner(r, data, seed, amp, weights, workers, on_bad):
+    "The learner, and what its loaders were told"
+    from revvit.checkpoints import load_checkpoint
+    from revvit.training import learner, recipe_dls, recipe_model
+    data,kwargs = _own_data(r, data, workers, on_bad)
+    dls = recipe_dls(r, data, seed=seed, **kwargs)
+    model = recipe_model(r, len(dls.vocab), seed)
+    if weights: print(load_checkpoint(model, weights))
+    return learner(dls, r, model, seed=seed, amp=amp),kwargs
+
 # %% ../nbs/11_cli.ipynb #cbcef47c
 @command
 def revvit_train(
@@ -174,23 +185,13 @@ def revvit_train(
     r = recipes[recipe].changed(epochs=epochs, batch_size=batch_size, lr=lr)
     if average is not None: r = replace(r, average=average)
     if threads or r.threads: torch.set_num_threads(threads or r.threads)
-    join_group()
+    world = join_group()
     try:
         learn,kwargs = _learner(r, data, seed, amp, weights, workers, on_bad)
         out = from_first(_claim, out, recipe, resume)
-        done = _train(learn, r, out, resume, save_steps, dict(recipe=recipe, data=str(data or ''), out=str(out), seed=seed, amp=amp, weights=str(weights or ''), resume=resume, save_steps=save_steps, **kwargs))
+        done = _train(learn, r, out, resume, save_steps, dict(recipe=recipe, data=str(data or ''), out=str(out), seed=seed, amp=amp, weights=str(weights or ''), resume=resume, save_steps=save_steps, processes=world, **kwargs))
     finally: leave_group()
     if done is not None: _finish(learn, r, out, data, done, kwargs['workers'])
-
-def _learner(r, data, seed, amp, weights, workers, on_bad):
-    "The learner, and what its loaders were told"
-    from revvit.checkpoints import load_checkpoint
-    from revvit.training import learner, recipe_dls, recipe_model
-    data,kwargs = _own_data(r, data, workers, on_bad)
-    dls = recipe_dls(r, data, seed=seed, **kwargs)
-    model = recipe_model(r, len(dls.vocab), seed)
-    if weights: print(load_checkpoint(model, weights))
-    return learner(dls, r, model, seed=seed, amp=amp),kwargs
 
 # %% ../nbs/11_cli.ipynb #250e6757
 def _train(learn, r, out, resume, save_steps, told):
@@ -290,7 +291,7 @@ def revvit_test(
     data:Path, # Folder with one folder of images or videos per class, or one with such a folder val; for videos also a list with a line "path label" for each, or a folder with the list val.csv
     weights:Path|None=None, # File of weights, ours or published; by default the checkpoint written last under runs/, or the published weights of --model
     model:str|None=None, # Name of the model, timm's, SlowFast's or mmpretrain's; most files of weights tell it
-    batch_size:int=32, # Files a batch; changes the speed, not the result
+    batch_size:int|None=None, # Files a batch, which changes the speed, not the result; by default 32 images or 4 videos
     workers:int|None=None, # Processes that read files, 0 to read in the main process; by default one for each CPU core, at most 8
     views:int=5, # Clips of a video, spread over its length, whose probabilities are averaged
     classes:Path|None=None, # Text file with the names of the classes, one a line, in the order of the logits

@@ -75,7 +75,7 @@ def distribute(
 )->Learner:
     "Let a learner train with the other processes"
     if not dist.is_initialized(): return learn
-    if getattr(learn.dls.train, 'world', 1)!=dist.get_world_size(): raise ValueError(f"the loaders are for {getattr(learn.dls.train, 'world', 1)} processes, not for {dist.get_world_size()}: make them after join_group, with rank and world")
+    if not getattr(learn.dls.train, 'sharded', False) and getattr(learn.dls.train, 'world', 1)!=dist.get_world_size(): raise ValueError(f"the loaders are for {getattr(learn.dls.train, 'world', 1)} processes, not for {dist.get_world_size()}: make them after join_group, with rank and world")
     if rank_distrib():
         learn.remove_cb(ProgressCallback)
         learn.logger = _silent

@@ -226,22 +226,23 @@ def folded(self:HeadPool, x:torch.Tensor):
 
 # %% ../nbs/03_layers.ipynb #b6954912
 class _Lend(nn.Module):
-    "Calls `fn(m, *args)`, so that `functional_call` can lend weights to `m`"
-    def __init__(self, m): super().__init__(); self.m = m
-    def forward(self, fn, *args): return fn(self.m, *args)
+    "`fn(*ms, *args)` as a module, so that `functional_call` can lend weights to `ms`"
+    def __init__(self, fn, ms): super().__init__(); self.fn,self.ms = fn,nn.ModuleList(ms)
+    def forward(self, *args): return self.fn(*self.ms, *args)
 
-def _lent(m, weights, fn, *args): return functional_call(_Lend(m), weights, (fn,*args))
+def _lent(fn, ms, names, *args): return functional_call(_Lend(fn, ms), dict(zip(names, args)), args[len(names):])
 
 def again(
     on:bool, # `False` calls `fn` as usual
-    fn, # Function of a module and tensors that draws no random numbers
-    m:nn.Module, # All of whose weights it may use
-    *args, # Tensors
+    fn, # Function of modules and tensors that draws no random numbers
+    ms:tuple, # The modules; it may use all their weights and no others
+    *args, # The tensors
 ): # What `fn` returns
-    "`fn(m, *args)`, computed once more in the backward pass instead of keeping activations"
-    if not on or not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None: return fn(m, *args)
-    weights = {f'm.{k}':p for k,p in m.named_parameters()}
-    return checkpoint(_lent, m, weights, fn, *args, use_reentrant=False, preserve_rng_state=False)
+    "`fn(*ms, *args)`, computed once more in the backward pass instead of keeping activations"
+    if not on or not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None: return fn(*ms, *args)
+    weights = dict(_Lend(fn, ms).named_parameters())
+    # as arguments, so that autograd notices a weight that is changed in between
+    return checkpoint(_lent, fn, ms, list(weights), *weights.values(), *args, use_reentrant=False, preserve_rng_state=False)
 
 # %% ../nbs/03_layers.ipynb #eab00bce
 def _pooled(pool, x, weight, bias): return pool(F.linear(x, weight, bias))
@@ -272,7 +273,7 @@ class PoolingAttention(nn.Module):
         pools = (self.pool_q,self.pool_k,self.pool_v)
         if untouched(self.qkv, nn.Linear):
             ws,bs = self.qkv.weight.chunk(3),(None,)*3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
-            q,k,v = (again(self.recompute, _pooled, pool, x, w, b) for pool,w,b in zip(pools, ws, bs))
+            q,k,v = (again(self.recompute, _pooled, (pool,), x, w, b) for pool,w,b in zip(pools, ws, bs))
         else: q,k,v = (pool(o) for pool,o in zip(pools, self.qkv(x).chunk(3, -1)))
         grid = q.shape[1:-1]
         q,k,v = (o.flatten(1, 3).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for o in (q,k,v))  # B heads n head_dim

@@ -88,6 +88,8 @@ class MeanFusion(nn.Module):
     def forward(self, x1, x2): return (x1+x2)/2
 
 # %% ../nbs/05_mvit.ipynb #fdd22861
+def _residual(proj, pool, x): return pool(proj(x))
+
 class StageTransition(nn.Module):
     "Two streams (B, T, H, W, dim) to one (B, t, h, w, 2*dim) on a coarser grid"
     def __init__(self,
@@ -115,11 +117,9 @@ class StageTransition(nn.Module):
         "Pool once more in the backward pass, or store what was pooled"
         self.reversible = self.f.fn.recompute = on
 
-    def residual(self, x): return self.f.fn.pool_q(self.proj(x))
-
     def forward(self, x1, x2):
         x = self.fuse(x1, x2)
-        y = again(self.reversible, StageTransition.residual, self, x).to(x.dtype) + self.f(x)
+        y = again(self.reversible, _residual, (self.proj, self.f.fn.pool_q), x).to(x.dtype) + self.f(x)
         return y + self.g(y)
 
 # %% ../nbs/05_mvit.ipynb #c18a8b41
