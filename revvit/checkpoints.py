@@ -150,7 +150,9 @@ def _write(
         os.replace(new, path)
     except CheckpointError as e: raise CheckpointError(f"cannot write {path}: {e}") from e
     except OSError as e: raise CheckpointError(f"cannot write {path}: {e.strerror or e}") from e
-    except Exception as e: raise CheckpointError(f"cannot write {path}: {str(e).splitlines()[0]} (is there room on the disk?)") from e
+    except Exception as e:
+        if isinstance(e.__context__, KeyboardInterrupt): raise KeyboardInterrupt from e   # torch.save makes another error of Ctrl-C
+        raise CheckpointError(f"cannot write {path}: {str(e).splitlines()[0]} (is there room on the disk?)") from e
     finally: new.unlink(missing_ok=True)
 
 # %% ../nbs/06_checkpoints.ipynb #5ca03160

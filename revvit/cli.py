@@ -93,8 +93,10 @@ def _write(path, data):
 def _config(r, learn, **kwargs):
     "What was decided, for the screen and for `config.json`"
     import torch, timm, fastai, revvit
-    cfg = {**kwargs, **asdict(r), 'parameters': sum(o.numel() for o in learn.model.parameters()), 'device': str(torch.device(learn.dls.device)), 'threads': torch.get_num_threads(),
-           'training images': len(learn.dls.train_ds), 'test images': len(learn.dls.valid_ds), 'versions': dict(revvit=revvit.__version__, torch=torch.__version__, timm=timm.__version__, fastai=fastai.__version__, python=platform.python_version())}
+    what = asdict(r)
+    what['kind of data'] = what.pop('data')   # `data` is where they are
+    cfg = {**kwargs, **what, 'parameters': sum(o.numel() for o in learn.model.parameters()), 'device': str(torch.device(learn.dls.device)), 'threads': torch.get_num_threads(),
+           'training items': len(learn.dls.train_ds), 'test items': len(learn.dls.valid_ds), 'versions': dict(revvit=revvit.__version__, torch=torch.__version__, timm=timm.__version__, fastai=fastai.__version__, python=platform.python_version())}
     return cfg
 
 # %% ../nbs/11_cli.ipynb #a2679be2
@@ -121,16 +123,16 @@ def _sample_digit(out):
     return out/f'digit_{labels[i]}.png'
 
 # %% ../nbs/11_cli.ipynb #d2ca001c
-def _test(out, r, data, workers):
+def _test(out, r, data, workers, root):
     "One line on how good the checkpoint in `out` is"
     from revvit.checkpoints import load_model
     from revvit.inference import eval_loader, evaluate
     from fastai.torch_core import default_device
     m = load_model(out/'checkpoint.pth').to(default_device())
-    res = evaluate(m, eval_loader(m, data, r.batch_size, workers or 0))
+    res = evaluate(m, eval_loader(m, data, workers=workers or 0, root=root))
     return f"top-1 {100*res['top1']:.2f} %, top-5 {100*res['top5']:.2f} % of {res['n']} held-out files" + (", 5 views each" if r.data!='images' else "")
 
-def _look(recipe, workers, seed, threads, save_steps):
+def _check_flags(recipe, workers, seed, threads, save_steps):
     "Refuse what cannot be meant"
     from revvit.training import recipes
     if recipe not in recipes: raise ValueError(f"there is no recipe {recipe!r}; there is: {', '.join(recipes)}")
@@ -139,23 +141,24 @@ def _look(recipe, workers, seed, threads, save_steps):
     for k,v in dict(threads=threads, save_steps=save_steps).items():
         if v is not None and v<1: raise ValueError(f"{k} must be 1 or more, got {v}")
 
-def _own_data(r, data, workers, on_bad):
+def _own_data(r, data, workers, on_bad, root):
     "Where the data are, and keywords for their loader"
     if r.data=='digits':
         if data: raise ValueError("the recipe digits brings its own data: leave --data out")
         return None,dict(workers=workers or 0)
     if r.data!='moving_digits' and workers is None: workers = max(1, min(16, os.cpu_count()//int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
-    return data,dict(workers=workers or 0, on_bad=on_bad)
+    if root and r.data!='clips': raise ValueError(f"--root is for lists of videos: leave it out for {r.data}")
+    return data,dict(workers=workers or 0, on_bad=on_bad, **({'root': str(root)} if root else {}))
 
 # %% ../nbs/11_cli.ipynb #a2dc0731
-def _learner(r, data, seed, amp, weights, workers, on_bad):
+def _learner(r, data, seed, amp, weights, new_head, workers, on_bad, root):
     "The learner, and what its loaders were told"
     from revvit.checkpoints import load_checkpoint
     from revvit.training import learner, recipe_dls, recipe_model
-    data,kwargs = _own_data(r, data, workers, on_bad)
+    data,kwargs = _own_data(r, data, workers, on_bad, root)
     dls = recipe_dls(r, data, seed=seed, **kwargs)
     model = recipe_model(r, len(dls.vocab), seed)
-    if weights: print(load_checkpoint(model, weights))
+    if weights: print(load_checkpoint(model, weights, new_head=new_head))
     return learner(dls, r, model, seed=seed, amp=amp),kwargs
 
 # %% ../nbs/11_cli.ipynb #cbcef47c
@@ -164,16 +167,18 @@ def revvit_train(
     recipe:str='digits', # What to train: digits, moving_digits, rev_vit_s, rev_vit_b, rev_mvit_b or rev_mvit_b_16x4
     data:Path|None=None, # Folder with train/ and val/ of one folder of images per class, or for videos with the lists train.csv and val.csv of lines "path label"; moving_digits are written there if need be, by default in the user's cache
     out:Path|None=None, # Folder for the results, new or empty; by default runs/RECIPE, then runs/RECIPE-2, ...
-    epochs:int|None=None, # Passes over the training images; by default the recipe's (digits: 60). The warm-up changes in proportion
+    epochs:int|None=None, # Passes over the training data; by default the recipe's (digits: 60). The warm-up changes in proportion
     batch_size:int|None=None, # Images a step, or videos, of all processes together; by default the recipe's (digits: 64). Without --lr, the learning rate changes in proportion
     lr:float|None=None, # Highest learning rate of AdamW, reached after the warm-up; by default the recipe's (digits: 0.004)
     threads:int|None=None, # CPU threads; by default the recipe's: 1 for the digits, whose matrices are too small to share
     workers:int|None=None, # Processes that read data, 0 to read in the main process; by default 0 for the digits, else one for each CPU core, at most 16
     seed:int=0, # Of the starting weights, the order of the images, augmentation, mixup and drop path
     amp:str='auto', # Mixed precision on a GPU: bf16, fp16, off, or auto for the best it has; float32 on a CPU
-    weights:Path|None=None, # Checkpoint of the same model to start from; by default random weights
+    weights:Path|None=None, # Checkpoint of the same model to start from, ours or published; by default random weights
+    new_head:bool=False, # Leave the classifier of --weights and begin with a new one, as other classes need
     average:float|None=None, # Measure and save a moving average of the weights with this decay per step, such as 0.9999; by default none
     on_bad:str='raise', # Files that cannot be read: raise ends the run with the first, skip leaves them out and counts them
+    root:Path|None=None, # Where relative paths in lists of videos start; by default the folder of the list
     resume:bool=False, # Go on with the run in --out, or with the last one of this recipe; with none to go on with, begin one
     save_steps:int|None=None, # Save the state of the run every so many steps too; by default after each epoch
 ):
@@ -181,17 +186,17 @@ def revvit_train(
     import torch
     from revvit.distributed import from_first, join_group, leave_group
     from revvit.training import recipes
-    _look(recipe, workers, seed, threads, save_steps)
+    _check_flags(recipe, workers, seed, threads, save_steps)
     r = recipes[recipe].changed(epochs=epochs, batch_size=batch_size, lr=lr)
     if average is not None: r = replace(r, average=average)
     if threads or r.threads: torch.set_num_threads(threads or r.threads)
     world = join_group()
     try:
-        learn,kwargs = _learner(r, data, seed, amp, weights, workers, on_bad)
+        learn,kwargs = _learner(r, data, seed, amp, weights, new_head, workers, on_bad, root)
         out = from_first(_claim, out, recipe, resume)
-        done = _train(learn, r, out, resume, save_steps, dict(recipe=recipe, data=str(data or ''), out=str(out), seed=seed, amp=amp, weights=str(weights or ''), resume=resume, save_steps=save_steps, processes=world, **kwargs))
+        done = _train(learn, r, out, resume, save_steps, dict(recipe=recipe, data=str(data or ''), out=str(out), seed=seed, amp=amp, weights=str(weights or ''), new_head=new_head, resume=resume, save_steps=save_steps, processes=world, **kwargs))
     finally: leave_group()
-    if done is not None: _finish(learn, r, out, data, done, kwargs['workers'])
+    if done is not None: _finish(learn, r, out, data, done, kwargs['workers'], root)
 
 # %% ../nbs/11_cli.ipynb #250e6757
 def _train(learn, r, out, resume, save_steps, told):
@@ -209,7 +214,7 @@ def _train(learn, r, out, resume, save_steps, told):
     took = _fit(learn, r.epochs, out/'checkpoint.pth')
     return None if rank_distrib() else took
 
-def _finish(learn, r, out, data, took, workers):
+def _finish(learn, r, out, data, took, workers, root):
     "Picture, test and last words"
     from revvit.training import plot_history
     plot_history(learn, out/'history.png')
@@ -219,8 +224,8 @@ def _finish(learn, r, out, data, took, workers):
     elif r.data=='moving_digits':
         from revvit.videos import moving_digits
         folder = moving_digits(data)
-        best,sample = _test(out, r, folder, workers),folder/(folder/'val.csv').read_text().split()[0]
-    else: best,sample = _test(out, r, data, workers),None
+        best,sample = _test(out, r, folder, workers, None),folder/(folder/'val.csv').read_text().split()[0]
+    else: best,sample = _test(out, r, data, workers, root),None
     print(f"{best}, {took:.0f} s of training; in {out}: {', '.join(sorted(o.name for o in out.iterdir()))}")
     if sample: print(f"Now try: revvit_predict {shlex.quote(str(sample))}{elsewhere}")
 
@@ -294,6 +299,7 @@ def revvit_test(
     batch_size:int|None=None, # Files a batch, which changes the speed, not the result; by default 32 images or 4 videos
     workers:int|None=None, # Processes that read files, 0 to read in the main process; by default one for each CPU core, at most 8
     views:int=5, # Clips of a video, spread over its length, whose probabilities are averaged
+    root:Path|None=None, # Where relative paths in a list of videos start; by default the folder of the list
     classes:Path|None=None, # Text file with the names of the classes, one a line, in the order of the logits
     device:str|None=None, # cpu, cuda, cuda:1, ...; by default the GPU if there is one
     json:bool=False, # Print a JSON dictionary; top1 and top5 in it are from 0 to 1
@@ -301,7 +307,7 @@ def revvit_test(
     "Measure the accuracy of a model on images or videos: top-1 and top-5 in percent."
     from revvit.inference import eval_loader, evaluate
     m = _model_for(weights, model, classes, device)
-    dl = eval_loader(m, data, batch_size, min(8, os.cpu_count() or 1) if workers is None else workers, views)
+    dl = eval_loader(m, data, batch_size, min(8, os.cpu_count() or 1) if workers is None else workers, views, root)
     res = evaluate(m, dl)
     if json: print(dumps(dict(data=str(data), **res), indent=1))
     else: print(f"top-1 {100*res['top1']:.2f} %, top-5 {100*res['top5']:.2f} %, loss {res['loss']:.4f}; {res['n']} files in {data}")

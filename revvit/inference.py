@@ -266,11 +266,11 @@ class FileItems:
     def __len__(self): return len(self.items)
     def __getitem__(self, i): return self.tfm(self.items[i][0]),self.items[i][1]
 
-def _items(model, data):
+def _items(model, data, root=None):
     "(path, label) of each file in a list of videos or in class folders"
     from revvit.videos import read_clip_list
     found = [o for o in (data, data/'val.csv') if o.is_file()] if _is_clip(model) else []
-    return list(read_clip_list(found[0], classes=model.num_classes).items()) if found else folder_items(data, model)
+    return list(read_clip_list(found[0], root, classes=model.num_classes).items()) if found else folder_items(data, model)
 
 def eval_loader(
     model, # What the files are for
@@ -278,8 +278,9 @@ def eval_loader(
     bs:int|None=None, # Files a batch; None takes 32 images or 4 videos
     workers:int=0, # Processes that read; 0 reads in this one
     views:int=5, # Clips of a video to average over
+    root:str|Path|None=None, # Where relative paths in a list start; None for the folder of the list
 )->DataLoader: # For `evaluate`
     "Loader of all files of a test set, for `model`"
     if bs is None: bs = 4 if _is_clip(model) else 32
     if bs<1 or workers<0: raise ValueError(f"the batch size must be 1 or more and workers 0 or more, got {bs} and {workers}")
-    return DataLoader(FileItems(_items(model, Path(data)), _transform(model, views)), bs, num_workers=workers)
+    return DataLoader(FileItems(_items(model, Path(data), root), _transform(model, views)), bs, num_workers=workers)

@@ -115,6 +115,8 @@ def reset_classifier(self:RevViT,
     if global_pool is not None: self.global_pool = global_pool
     self.num_classes = num_classes
     self.model_args.update(num_classes=num_classes, global_pool=self.global_pool)
+    cfg = getattr(self, 'pretrained_cfg', None)   # what the old classes were called
+    if cfg: self.pretrained_cfg = {k:v for k,v in cfg.items() if k not in ('label_names','label_descriptions')}
     p = self.pos_embed
     self.head = nn.Linear(self.num_features, num_classes, device=p.device, dtype=p.dtype) if num_classes else nn.Identity()
     _init_linear(self.head)
