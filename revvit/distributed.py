@@ -6,7 +6,7 @@
 __all__ = ['join_group', 'leave_group', 'from_first', 'Distribute', 'distribute']
 
 # %% ../nbs/09a_distributed.ipynb #4212ed83
-import os
+import gc, os, sys
 from datetime import timedelta
 import torch
 import torch.distributed as dist
@@ -29,8 +29,11 @@ def join_group(
     return num_distrib()
 
 def leave_group():
-    "Part from the other processes"
-    if dist.is_initialized(): dist.destroy_process_group()
+    "Part from the other processes, when all are done; at once after an error"
+    if not dist.is_initialized(): return
+    gc.collect()   # wrappers of models go before the group that they use
+    if sys.exc_info()[0] is None: dist.barrier()
+    dist.destroy_process_group()
 
 # %% ../nbs/09a_distributed.ipynb #cd2ab153
 def from_first(
