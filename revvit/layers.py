@@ -108,8 +108,8 @@ class MlpHalf(PreNorm):
 
     def forward(self, x):
         m = self.fn
-        kept = torch.is_grad_enabled() or torch.compiler.is_compiling() or self.training and (m.drop1.p or m.drop2.p)
-        if kept or not self.undoes(x): return super().forward(x)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.undoes(x): return super().forward(x)
+        if self.training and (m.drop1.p or m.drop2.p): return super().forward(x)
         return m.fc2(torch.ops.aten.gelu_(m.fc1(self.norm(x))))   # in place, because nobody asks for the argument of GELU again
 
 def mlp_half(
