@@ -5,226 +5,142 @@
 # %% auto #0
 __all__ = ['chunk_size', 'ReversibleBlock', 'ReversibleSequence']
 
-# %% ../nbs/01_engine.ipynb #821e4986
-import torch
+# %% ../nbs/01_engine.ipynb #3931bc7c
+import torch, warnings
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
+from weakref import WeakSet
 from fastcore.basics import patch
 from torch import nn
 from torch.autograd import Function
-from torch.func import functional_call
-from .coupling import _about, _alike, _checked, couple, uncouple
+from .coupling import _about, _alike, couple, uncouple
+from .core.replay import *
+from .core.exact import *
 
-# %% ../nbs/01_engine.ipynb #63591e13
-def _rng(device):
-    "States of the generators that a computation on `device` may draw from"
-    args = () if device.type=='mps' else (device,)
-    own = [] if device.type in ('cpu','meta') else [torch.get_device_module(device).get_rng_state(*args)]
-    return [torch.get_rng_state(), *own]
-
-def _set_rng(device, states):
-    "Put the generators back to `states`"
-    args = () if device.type=='mps' else (device,)
-    torch.set_rng_state(states[0])
-    for s in states[1:]: torch.get_device_module(device).set_rng_state(s, *args)
-
-def _drew(device, before): return not all(torch.equal(a, b) for a,b in zip(before, _rng(device)))
-
-# %% ../nbs/01_engine.ipynb #ab889e17
-def _amp(device): return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-
-def _autocast(device):
-    "A maker of contexts that enter autocast as it is now"
-    t = device.type
-    if not torch.amp.is_autocast_available(t): return nullcontext
-    return partial(torch.autocast, t, torch.get_autocast_dtype(t), torch.is_autocast_enabled(t), False)
-
-# %% ../nbs/01_engine.ipynb #c8da2892
+# %% ../nbs/01_engine.ipynb #d9dcaa53
 def chunk_size(
     x:torch.Tensor, # A stream, images first and channels last
-    rows:int|None=None, # Rows wanted at a time; by default 1,600 on a CPU and 8,192 elsewhere
+    rows:int|None=None, # Rows wanted at a time; by default 1,600 on a CPU, elsewhere what half a gigabyte holds
 )->int: # At least 1
     "Images that a block works on at a time"
-    if rows is None: rows = 1600 if x.device.type=='cpu' else 8192
+    if rows is None: rows = 1600 if x.device.type=='cpu' else max(1, 2**29//(64*x.shape[-1]))
     return max(1, rows*x.shape[-1]*len(x)//max(1, x.numel()))
 
-# %% ../nbs/01_engine.ipynb #39398fd5
-def _refuse(name, m):
+# %% ../nbs/01_engine.ipynb #c004856d
+def _find(m): return lambda o: next((n for n,c in m.named_modules() if c is o), '') or 'itself'
+
+def _refuse_statistics(name, modules, find):
     "Refuse layers that a repeated pass on part of the batch would get wrong"
-    for n,o in m.named_modules():
+    for o in modules:
         stats = isinstance(o, nn.modules.batchnorm._BatchNorm) or getattr(o, 'track_running_stats', False)
         power = any('SpectralNorm' in type(h).__name__ for h in (o, *o._forward_pre_hooks.values()))
         if stats or power:
-            raise ValueError(f"{name} holds {'spectral norm' if power else type(o).__name__} ({n or 'itself'}), whose state changes in every forward pass: "
-                             "use a layer that treats each image alone, such as LayerNorm or GroupNorm")
+            raise ValueError(f"{name} holds {'spectral norm' if power else type(o).__name__} ({find(o)}), "
+                             "whose state changes in every forward pass: use a layer that treats each image alone, "
+                             "such as LayerNorm or GroupNorm")
 
-# %% ../nbs/01_engine.ipynb #c66d3c78
-def _state(t):
-    "What changes when the tensor `t` is written to, or given other memory"
-    return t.untyped_storage()._cdata,0 if t.is_inference() else t._version
+def _refuse(name, m):
+    "Refuse what could not be called again"
+    if not isinstance(m, nn.Module): raise ValueError(f"{name} must be a module, got {type(m).__name__}")
+    for o in m.modules():
+        where = f"({_find(m)(o)})"
+        if isinstance(o, torch.jit.ScriptModule):
+            raise ValueError(f"{name} holds a scripted or traced module {where}: give the module it was made from")
+        if isinstance(o, nn.modules.lazy.LazyModuleMixin) and o.has_uninitialized_params():
+            raise ValueError(f"{name} holds a lazy module {where} that has no weights yet: call it once on its own first")
+    _refuse_statistics(name, m.modules(), _find(m))
 
-class _Call:
-    "One call of `m` on some images, with what repeating it needs"
-    def __init__(self, m, name, x, chunk=None, rows=None, scale=1.):
-        if m.training: _refuse(name, m)  # it, or a tail, may not have been seen before
-        self.m,self.name,self.rows,self.scale = m,name,rows,scale
-        self.device,self.chunk,self.rng = x.device,chunk or chunk_size(x),None
-        self.autocast,self.modes = _autocast(x.device),[o.training for o in m.modules()]
-        self.amp = _amp(x.device)
-        params,self.buffers = dict(m.named_parameters()),dict(m.named_buffers())
-        self.names,self.params = list(params),list(params.values())
-        self.seen = [(n,t,_state(t)) for n,t in (*params.items(), *self.buffers.items())]
+# %% ../nbs/01_engine.ipynb #3b29293d
+class _Fused(Call):
+    "A call whose module brings its own backward pass"
+    def __init__(self, kernel, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.kernel,at = kernel,{id(p):i for i,p in enumerate(self.params)}
+        self.where = [at[id(p)] for p in kernel.params]
+        self.off = partial(torch.autocast, self.device.type, enabled=False) if amp_dtype(self.device) else nullcontext
 
-    def parts(self, n):
-        "The images to work on, at most `chunk` at a time"
-        if self.rows is not None: return self.rows.split(self.chunk)
-        return [slice(i, min(n, i+self.chunk)) for i in range(0, max(n, 1), self.chunk)]
+    def each(self, x):
+        self.kernel.begin()
+        for rows in self.parts:
+            (part,),n = take((x.detach(),), rows)
+            if not n: continue
+            with self.off(): o = self.kernel.forward(part)
+            yield rows,self.scaled(o)
+        self.kernel.end()
 
-# %% ../nbs/01_engine.ipynb #3c77bac6
-@patch
-def changed(self:_Call):
-    "Name of a parameter or buffer that is no longer what it was, if any"
-    now = dict(self.m.named_buffers()) if self.buffers else {}
-    return next((n for n,t,v in self.seen if _state(t)!=v or now.get(n, t) is not t), None)
+    def prepare(self, needs):
+        self.record.check(self.name)
+        self.kernel.begin()
+        self.wanted = needs
 
-@patch
-def check(self:_Call):
-    "Refuse to repeat the call if the module has changed"
-    if n:=self.changed():
-        raise RuntimeError(f"'{n}' in {self.name} was changed between forward and backward, so the input cannot be rebuilt: "
-                           "step the optimizer after backward, or call set_reversible(False)")
-    if self.modes!=[o.training for o in self.m.modules()]:
-        raise RuntimeError(f"{self.name} was switched between train() and eval() before backward: switch after it, or call set_reversible(False)")
+    def vjp(self, i, xs, d):
+        (part,),n = take(xs, self.parts[i])
+        if not n: return part[:0],[part[:0]],[torch.zeros_like(p) if w else None for p,w in zip(self.params, self.wanted)]
+        with self.off(): o,gx,grads = self.kernel.vjp(part, self.scaled(d.to(self.kernel.dtype)))
+        gp = [None]*len(self.params)
+        for k,g in zip(self.where, grads):
+            if self.wanted[k]: gp[k] = g if gp[k] is None else gp[k]+g
+        return self.scaled(o),[gx],gp
 
-# %% ../nbs/01_engine.ipynb #a0b806b0
-def _take(xs, rows):
-    "The images `rows` of each of `xs`, and how many they are; where there are none, the first image in their place"
-    parts = [x[rows] for x in xs]
-    n = len(parts[0])
-    return (parts if n else [x[:1] for x in xs]),n
+    def done(self): self.kernel.end()
 
-@patch
-def run(self:_Call, xs, rows):
-    "The module's output for the images `rows`"
-    parts,n = _take(xs, rows)
-    with self.autocast(): o = _checked(self.m, parts[0], self.name) if len(parts)==1 else self.m(*parts)
-    if b:=self.changed():
-        raise RuntimeError(f"{self.name} changed its buffer '{b}' in the forward pass, and would do so again when it is repeated: "
-                           "use a layer without running statistics, or call set_reversible(False)")
-    return self.scaled(o, n)
+def _call(m, name, x, chunk, rows=None, scale=1.):
+    "A call of `m`, by its own backward pass where it has one that fits"
+    record = Record(m)
+    kernel = m.fused(record.modules, x) if hasattr(type(m), 'fused') else None
+    if kernel is not None: return _Fused(kernel, record, name, x, chunk, rows, scale)
+    if m.training: _refuse_statistics(name, record.modules, _find(m))   # it may have been put there since
+    return Call(record, name, x, chunk, rows, scale)
 
-@patch
-def scaled(self:_Call, o, n):
-    o = o if n else o[:0]
-    return o if self.scale==1 else o*self.scale
+# %% ../nbs/01_engine.ipynb #f3ef62c3
+def _leave(x, before):
+    "If somebody kept a view of `x`, leave them its memory, and go on in other"
+    kept = users(x)>before
+    if kept: x.data = x.data.clone()
+    return kept
 
-# %% ../nbs/01_engine.ipynb #41be4c13
-@patch
-def each(self:_Call, *xs):
-    "Yield images and the module's output for them, part by part"
-    before,parts = _rng(self.device),self.parts(len(xs[0]))
-    o = self.run(xs, parts[0])
-    if _drew(self.device, before):
-        self.rng = before
-        if len(parts)>1:
-            _set_rng(self.device, before)
-            self.chunk = len(xs[0])
-            parts = self.parts(self.chunk)
-            o = self.run(xs, parts[0])
-    yield parts[0],o
-    for rows in parts[1:]:
-        o = None  # free the last part's output before the next is computed
-        o = self.run(xs, rows)
-        yield rows,o
-    if self.rng is None and _drew(self.device, before):
-        raise RuntimeError(f"{self.name} drew random numbers for some images and not for the first: draw for all or none, or call set_reversible(False)")
+def _half(call, src, dst, exact):
+    "`dst += m(src)` in place, a part at a time"
+    before = users(src)
+    for rows,o in call.each(src): add_(dst, rows, o, 1, exact)
+    o = None
+    if _leave(src, before):
+        warnings.warn(f"{call.name} or a hook on it keeps its input: it is left a copy, through which no gradient flows; "
+                      "forward_intermediates or set_reversible(False) gives one that has a gradient", RuntimeWarning)
 
-# %% ../nbs/01_engine.ipynb #fb854db6
-@patch
-@contextmanager
-def replay(self:_Call):
-    "The state of the forward pass, for a while"
-    now = _rng(self.device) if self.rng else None
-    try:
-        if now: _set_rng(self.device, self.rng)
-        with torch.enable_grad(), self.autocast(): yield
-    finally:
-        if now: _set_rng(self.device, now)
-
-# %% ../nbs/01_engine.ipynb #474457e0
-def _stranger(o, known):
-    "A tensor that the gradient of `o` flows to and that is not in `known`, if any"
-    todo,seen,known = [o.grad_fn],set(),{id(k) for k in known}
-    while todo:
-        n = todo.pop()
-        if n is None or n in seen: continue
-        seen.add(n)
-        if hasattr(n, 'variable') and id(n.variable) not in known: return n.variable
-        todo += [u for u,_ in n.next_functions]
-
-@patch
-def vjp(self:_Call, xs, rows, d, params):
-    "Output for the images `rows`, and gradients of the inputs and of the stand-ins `params`, for an output gradient `d`"
-    parts,n = _take(xs, rows)
-    leaves = [p.detach().requires_grad_() for p in parts]
-    with self.replay(): o = self.scaled(functional_call(self.m, dict(zip(self.names, params)), tuple(leaves)), n)
-    wanted = [*leaves, *(p for p in params if p.requires_grad)]
-    if (t:=_stranger(o, wanted)) is not None:
-        raise RuntimeError(f"{self.name} uses a tensor of shape {tuple(t.shape)} that needs a gradient, but is neither its input nor its parameter: "
-                           "make it a parameter, detach it, or call set_reversible(False)")
-    grads = torch.autograd.grad(o, wanted, d.to(o.dtype), allow_unused=True) if o.requires_grad else [None]*len(wanted)
-    it = iter(grads[len(xs):])
-    return o.detach(),[g[:n] if g is not None else None for g in grads[:len(xs)]],[next(it) if p.requires_grad else None for p in params]
-
-# %% ../nbs/01_engine.ipynb #565118ad
+# %% ../nbs/01_engine.ipynb #98cd46b4
 def _own(g, taken):
     "`g`, or a copy if its memory serves other tensors (`taken`) or several of its own elements"
     s = g.untyped_storage()
-    if s.data_ptr() in taken or s.nbytes()<g.numel()*g.element_size(): g = g.clone(memory_format=torch.contiguous_format)
+    if s.data_ptr() in taken or s.nbytes()<g.numel()*g.element_size():
+        g = g.clone(memory_format=torch.contiguous_format)
     taken.add(g.untyped_storage().data_ptr())
     return g
 
 def _sum(acc, new, taken):
     "Add the gradients `new` to the list `acc`, in place after the first"
     for i,g in enumerate(new):
-        if g is not None: acc[i] = _own(g, taken) if acc[i] is None else acc[i].add_(g)
+        if g is None: continue
+        if g.layout!=torch.strided: acc[i] = g if acc[i] is None else acc[i]+g
+        else: acc[i] = _own(g, taken) if acc[i] is None else acc[i].add_(g)
 
-# %% ../nbs/01_engine.ipynb #e954c7d8
-@patch
-def by_hand(self:_Call, x, needs):
-    "May the module's own `undo_` do the backward pass?"
-    if getattr(type(self.m), 'undo_', None) is None or self.rows is not None or self.rng or self.amp or _amp(self.device) or not all(needs): return False
-    return self.m.undoes(x)
+def _half_back(call, src, dst, dsrc, ddst, needs, exact, used=True):
+    "Undo `dst += m(src)` and add the gradient of `src` to `dsrc`; the parameters' gradients, and whether `src` has one"
+    call.prepare(needs)
+    fed,acc,taken,before = False, [None]*len(needs),{o.untyped_storage().data_ptr() for o in (ddst,dsrc)},users(src)
+    for i in reversed(range(len(call.parts))):
+        rows = call.parts[i]
+        o,(gx,),gp = call.vjp(i, (src,), ddst[rows] if isinstance(rows, slice) else ddst.index_select(0, rows))
+        add_(dst, rows, o, -1, exact)
+        if gx is not None and used: fed = add_(dsrc, rows, gx, 1, False) or True
+        if used: _sum(acc, gp, taken)
+        del o,gx,gp
+    call.done()
+    _leave(src, before)
+    return acc,fed
 
-# %% ../nbs/01_engine.ipynb #fd2f04d0
-def _add_(x, rows, o, sign=1):
-    "`x[rows] += sign*o` in place"
-    if isinstance(rows, slice): x[rows].add_(o, alpha=sign)
-    else: x.index_add_(0, rows, o.to(x.dtype), alpha=sign)
-
-@patch
-def half_(self:_Call, rows, dst, src, ddst, dsrc, params):
-    "For the images `rows`: undo `dst += m(src)` and add the gradient of `src` to `dsrc`, both in place; the parameters' gradients"
-    o,(gx,),gp = self.vjp((src,), rows, ddst[rows], params)
-    _add_(dst, rows, o, -1)
-    if gx is not None: _add_(dsrc, rows, gx)
-    return gp
-
-@patch
-def back_(self:_Call, dst, src, ddst, dsrc, needs):
-    "The same for all images; the parameters' gradients in a list"
-    self.check()
-    params = [p.detach().requires_grad_(n) for p,n in zip(self.params, needs)]
-    acc,taken,own = [None]*len(params),{ddst.untyped_storage().data_ptr()},self.by_hand(src, needs)
-    for rows in self.parts(len(src)):
-        if own: gp = self.m.undo_(self.params, dst[rows], src[rows], ddst[rows], dsrc[rows])
-        else: gp = self.half_(rows, dst, src, ddst, dsrc, params)
-        _sum(acc, gp, taken)
-        del gp
-    return acc
-
-# %% ../nbs/01_engine.ipynb #2c3727b4
+# %% ../nbs/01_engine.ipynb #3dd84bef
 class ReversibleBlock(nn.Module):
     "Two-stream residual block: `y1 = x1 + f(x2)`, then `y2 = x2 + g(y1)`"
     def __init__(self,
@@ -234,115 +150,169 @@ class ReversibleBlock(nn.Module):
         shared_drop_path:bool=False, # Whether an image that skips `f` skips `g` too
     ):
         super().__init__()
-        if not 0<=drop_path<1: raise ValueError(f"drop_path must be at least 0 and below 1, got {drop_path}")
-        for n,m in (('f',f),('g',g)):
-            if not isinstance(m, nn.Module): raise ValueError(f"{n} must be a module, got {type(m).__name__}")
-            _refuse(n, m)
+        for n,m in (('f',f),('g',g)): _refuse(n, m)
         self.f,self.g,self.drop_path,self.shared_drop_path = f,g,drop_path,shared_drop_path
+
+    @property
+    def drop_path(self): return self._drop_path
+
+    @drop_path.setter
+    def drop_path(self, rate):
+        if not 0<=rate<1: raise ValueError(f"drop_path must be at least 0 and below 1, got {rate}")
+        self._drop_path = rate
 
     def extra_repr(self): return f'drop_path={self.drop_path}, shared_drop_path={self.shared_drop_path}'
 
-# %% ../nbs/01_engine.ipynb #7d54b509
+# %% ../nbs/01_engine.ipynb #85240416
 @patch
 def _survivors(self:ReversibleBlock,
     x:torch.Tensor, # A stream, images first
 )->tuple: # For `f` and for `g`: the indices of the images that go through it, or `None` for all
     "Draw the images that drop path spares"
     if not (self.training and self.drop_path): return None,None
-    keep = torch.rand(1 if self.shared_drop_path else 2, len(x), dtype=torch.float32, device='cpu') >= self.drop_path
-    rows = [k.nonzero().squeeze(1).to(x.device) for k in keep]
+    draw = torch.rand(1 if self.shared_drop_path else 2, len(x), dtype=torch.float32, device='cpu')
+    rows = [o.nonzero().squeeze(1) for o in draw >= self.drop_path]
+    if x.device.type!='cpu': # from pinned memory the copy need not be waited for
+        rows = [(o.pin_memory() if x.is_cuda else o).to(x.device, non_blocking=True) for o in rows]
     return rows[0],rows[-1]
 
-# %% ../nbs/01_engine.ipynb #650fbc5c
+# %% ../nbs/01_engine.ipynb #578b79c3
+def _in_parts(m, xs, chunk, exact):
+    "`m` of a few images at a time, as the reversible mode computes it"
+    enter,parts,outs = same_autocast(xs[0].device),equal_parts(len(xs[0]), chunk),[]
+    own = [(p,p.view_as(p)) for p in m.parameters() if p.requires_grad] if exact and len(parts)>1 else []
+    for rows in parts:
+        lend = Lend([(p,q.view_as(q)) for p,q in own]) if own else nullcontext()
+        with enter(), lend: outs.append(m(*(x[rows] for x in xs)))
+    return outs[0] if len(outs)==1 else torch.cat(outs)
+
+def _stored(m, xs, chunk, exact):
+    "`m(*xs)`, in the parts of the reversible mode where numbers depend on them"
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled(): return m(*xs)
+    n = len(xs[0])
+    if exact or n>chunk and draws(m, lambda: m(*(x[:chunk] for x in xs)), xs[0].device): return _in_parts(m, xs, chunk, exact)
+    return m(*xs)
+
 class _Half:
     "`m` for the images `rows` and zero for the others"
-    def __init__(self, m, rows, scale): self.m,self.rows,self.scale = m,rows,scale
+    def __init__(self, m, rows, scale, chunk, exact):
+        self.m,self.rows,self.scale,self.chunk,self.exact = m,rows,scale,chunk,exact
     def __call__(self, x):
-        if self.rows is None: return self.m(x)
-        (part,),n = _take((x,), self.rows)
-        o = (self.m(part) if n else self.m(part)[:0])*self.scale
-        return o.new_zeros(x.shape).index_add(0, self.rows, o)
+        (part,),n = ((x,),len(x)) if self.rows is None else take((x,), self.rows)
+        o = _stored(self.m, (part,), self.chunk or chunk_size(x), self.exact)
+        if self.rows is not None: o = o.new_zeros(x.shape).index_add(0, self.rows, (o if n else o[:0])*self.scale)
+        return Snap.apply(o, x.dtype) if self.exact else o
 
+# %% ../nbs/01_engine.ipynb #1f4dafb9
 @patch
-def forward(self:ReversibleBlock, x1:torch.Tensor, x2:torch.Tensor):
-    rf,rg = self._survivors(x1)
-    scale = 1/(1-self.drop_path)
-    return couple(x1, x2, _Half(self.f, rf, scale), _Half(self.g, rg, scale))
+def forward(self:ReversibleBlock,
+    x1:torch.Tensor, # First stream
+    x2:torch.Tensor, # Second stream
+    chunk:int|None=None, # Images at a time for layers that draw random numbers, and in the exact mode
+    exact:bool=False, # Round to the grid of the exact mode
+):
+    rows,scale = self._survivors(x1),1/(1-self.drop_path)
+    return couple(x1, x2, *(_Half(m, o, scale, chunk, exact) for m,o in zip((self.f,self.g), rows)))
 
-# %% ../nbs/01_engine.ipynb #68ba26e5
 @patch
 def inverse(self:ReversibleBlock,
     y1:torch.Tensor, # First output
     y2:torch.Tensor, # Second output
+    exact:bool=False, # As the block was computed
 )->tuple: # `(x1,x2)`
     "The block's inputs, from its outputs"
-    before = _rng(y1.device)
-    xs = uncouple(y1, y2, self.f, self.g)
-    if (self.training and self.drop_path) or _drew(y1.device, before):
+    halves,device = (self.f,self.g),y1.device
+    before = rng_states(device)
+    xs = uncouple(y1, y2, *(_Half(m, None, 1., len(y1), exact) for m in halves))
+    drawn = rng_moved(device, before) and any(drew(m, partial(m, y1), device) for m in halves)
+    if (self.training and self.drop_path) or drawn:
         raise RuntimeError("drop path or dropout is on, and the inverse does not know what it drew: call eval() first")
     return xs
 
-# %% ../nbs/01_engine.ipynb #b418f616
+# %% ../nbs/01_engine.ipynb #d9920cae
 class _Tape:
     "The two streams on their way back; one for each run forwards"
-    def __init__(self, fresh, params=()): self.fresh,self.params,self.y1,self.y2,self.task = fresh,params,None,None,None
+    def __init__(self, name, exact, amp, fresh, params, last):
+        self.name,self.exact,self.amp,self.fresh,self.params,self.last = name,exact,amp,fresh,params,last
+        self.hooked,self.y1,self.y2,self.task,self.start = saving_is_hooked(),None,None,None,None
 
-    def load(self, y1, y2):
+    def begin(self, x1, x2):
+        "Note what the streams are where the way back will end"
+        if self.start is None and self_check()!='off' and x1.numel() and x1.device.type!='meta':
+            self.start = Start((x1,x2), f'the backward pass through {self.name}', self.exact, self.amp)
+
+    def load(self, y1, y2, d):
         "Begin at the end of the run"
-        if torch.is_grad_enabled(): raise RuntimeError("no double backward (create_graph=True) through a reversible run: call set_reversible(False) first")
-        if torch.is_inference_mode_enabled(): raise RuntimeError("no backward pass through a reversible run in inference_mode: leave it, or call set_reversible(False)")
-        keep,self.task = torch._C._autograd._get_current_graph_task_keep_graph(),torch._C._current_graph_task_id()
+        run = "through a reversible run"
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"no double backward (create_graph=True) {run}: call set_reversible(False) first")
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(f"no backward pass {run} in inference_mode: leave it, or call set_reversible(False)")
+        if any(o is not None and is_batched(o) for o in d):
+            raise RuntimeError(f"no vectorised backward pass (is_grads_batched, vectorize=True) {run}: call set_reversible(False)")
+        keep,self.task = self.hooked or keeps_graph(),graph_task()
         self.y1,self.y2 = (y.detach().clone() if keep else y.detach() for y in (y1,y2))
-        if self.params: self.fresh[:] = [p for p in self.params if p.is_leaf and p.grad is None]
+        if self.last: self.fresh[:] = [p for p in self.params if p.is_leaf and p.grad is None]
 
     def clear(self): self.y1 = self.y2 = None
+
+    def finish(self):
+        "Compare what came back with what there was"
+        if self.start is not None and self.y1 is not None: self.start.compare(self.start.errors((self.y1,self.y2)))
+        self.clear()
 
     @contextmanager
     def guard(self):
         "Take back new gradients if something goes wrong, an interrupt included"
         try:
-            if self.task!=torch._C._current_graph_task_id(): raise RuntimeError("two backward passes through one reversible run at a time: finish one before the next")
+            if self.task!=graph_task():
+                raise RuntimeError("two backward passes through one reversible run at a time: finish one before the next")
             yield
         except BaseException:
             for p in self.fresh: p.grad = None
             self.clear()
             raise
 
-# %% ../nbs/01_engine.ipynb #045813c3
+# %% ../nbs/01_engine.ipynb #bca97e44
 class _Enter(Function):
     "Start of a run: streams of its own"
     @staticmethod
     def forward(ctx, x1, x2, tape):
         ctx.tape = tape
-        return tuple(x.clone(memory_format=torch.contiguous_format) for x in (x1,x2))
+        xs = tuple(x.clone(memory_format=torch.contiguous_format) for x in (x1,x2))
+        if tape.exact:
+            for x in xs: x.mul_(k:=grid(x.dtype)).round_().div_(k).add_(0.)   # as `Snap` does
+        if any(ctx.needs_input_grad[:2]): tape.begin(*xs)
+        return xs
     @staticmethod
     def backward(ctx, d1, d2):
-        ctx.tape.clear()
+        with ctx.tape.guard(): ctx.tape.finish()
         return d1,d2,None
 
 class _Block(Function):
     "One block, in place both ways"
     @staticmethod
     def forward(ctx, x1, x2, tape, f, g, *params):
-        for rows,o in f.each(x2): _add_(x1, rows, o)
-        for rows,o in g.each(x1): _add_(x2, rows, o)
+        if not any(ctx.needs_input_grad[:2]) and any(ctx.needs_input_grad[5:]): tape.begin(x1, x2)
+        _half(f, x2, x1, tape.exact)
+        _half(g, x1, x2, tape.exact)
         ctx.tape,ctx.f,ctx.g = tape,f,g
         ctx.mark_dirty(x1, x2)
         ctx.set_materialize_grads(False)
         return x1,x2
     @staticmethod
     def backward(ctx, d1, d2):
-        t,f,g,unused = ctx.tape,ctx.f,ctx.g,d2 is None
-        needs,k = ctx.needs_input_grad[5:],len(f.params)
+        t,f,g,ds = ctx.tape,ctx.f,ctx.g,[d1,d2]
+        needs,k,used = ctx.needs_input_grad[5:],len(f.params),[d is not None for d in ds]
         with t.guard():
-            d1,d2 = (torch.zeros_like(y) if d is None else d for d,y in zip((d1,d2), (t.y1,t.y2)))
-            gg = g.back_(t.y2, t.y1, d2, d1, needs[k:])
-            gf = f.back_(t.y1, t.y2, d1, d2, needs[:k])
-        if unused: gg = [None]*len(gg)
-        if not any(ctx.needs_input_grad[:2]): t.clear()
-        return d1,d2,None,None,None,*gf,*gg
+            d1,d2 = (torch.zeros_like(y) if d is None else d for d,y in zip(ds, (t.y1,t.y2)))
+            gg,fed = _half_back(g, t.y1, t.y2, d1, d2, needs[k:], t.exact, used[1])
+            used[0] |= fed
+            gf,fed = _half_back(f, t.y2, t.y1, d2, d1, needs[:k], t.exact, used[0])
+            used[1] |= fed
+            if not any(ctx.needs_input_grad[:2]): t.finish()
+        return *(d if u else None for d,u in zip((d1,d2), used)),None,None,None,*gf,*gg
 
-# %% ../nbs/01_engine.ipynb #6576cfeb
 class _Exit(Function):
     "End of a run: all that is kept"
     @staticmethod
@@ -353,111 +323,178 @@ class _Exit(Function):
         return y1.clone(),y2.clone()
     @staticmethod
     def backward(ctx, d1, d2):
-        ctx.tape.load(*ctx.saved_tensors)
+        ctx.tape.load(*ctx.saved_tensors, (d1,d2))
         return *(d if d is None else d.clone(memory_format=torch.contiguous_format) for d in (d1,d2)),None
 
-# %% ../nbs/01_engine.ipynb #e64abd11
+# %% ../nbs/01_engine.ipynb #bd39afb4
 class _Tail(Function):
     "End of a run through a module of both streams"
     @staticmethod
     def forward(ctx, y1, y2, tape, call, *params):
         seen,out = (y1._version,y2._version),None
         for rows,o in call.each(y1, y2):
-            if not isinstance(o, torch.Tensor) or o.shape[:1]!=y1[rows].shape[:1]: raise ValueError("the tail must return one tensor with a row for each image")
+            if not isinstance(o, torch.Tensor) or o.shape[:1]!=y1[rows].shape[:1]:
+                raise ValueError("the tail must return one tensor with a row for each image")
             if out is None: out = o.new_empty(len(y1), *o.shape[1:])
             out[rows] = o
-        if seen!=(y1._version,y2._version): raise ValueError("the tail changed a stream in place, but it is needed again: use an out-of-place form")
-        ctx.tape,ctx.call = tape,call
+        if seen!=(y1._version,y2._version):
+            raise ValueError("the tail changed a stream in place, but it is needed again: use an out-of-place form")
+        ctx.tape,ctx.call,ctx.start = tape,call,None
+        if self_check()!='off' and out.numel() and out.is_floating_point() and out.device.type!='meta':
+            ctx.start = Start((out,), f'{call.name}, repeated after {tape.name},', False, tape.amp)
         ctx.save_for_backward(y1, y2)
         return out
     @staticmethod
     def backward(ctx, d):
-        ctx.tape.load(*ctx.saved_tensors)
-        with ctx.tape.guard(): d1,d2,gp = _tail_back(ctx.call, ctx.tape.y1, ctx.tape.y2, d, ctx.needs_input_grad[4:])
-        if not any(ctx.needs_input_grad[:2]): ctx.tape.clear()
+        ctx.tape.load(*ctx.saved_tensors, (d,))
+        with ctx.tape.guard():
+            d1,d2,gp = _tail_back(ctx.call, ctx.tape.y1, ctx.tape.y2, d, ctx.needs_input_grad[4:], ctx.start)
+            if not any(ctx.needs_input_grad[:2]): ctx.tape.finish()
         return d1,d2,None,None,*gp
 
-def _tail_back(call, y1, y2, d, needs):
+def _tail_back(call, y1, y2, d, needs, start):
     "Gradients of both streams, in new memory, and of the parameters"
-    call.check()
-    params = [p.detach().requires_grad_(n) for p,n in zip(call.params, needs)]
-    acc,taken,d1 = [None]*len(params),{d.untyped_storage().data_ptr()},None
-    for rows in call.parts(len(y1)):
-        _,gs,gp = call.vjp((y1,y2), rows, d[rows], params)
-        if d1 is None: d1,d2 = torch.empty_like(y1),torch.empty_like(y2)  # not before: the first part's graph was the larger
-        for dst,g in zip((d1,d2), gs): dst[rows] = 0 if g is None else g
+    call.prepare(needs)
+    errors,acc,taken,ds = [], [None]*len(needs),{d.untyped_storage().data_ptr()},[None,None]
+    for i in reversed(range(len(call.parts))):
+        rows = call.parts[i]
+        o,gs,gp = call.vjp(i, (y1,y2), d[rows])
+        if start: errors.append(start.errors((o,), rows))
+        for k,g in enumerate(gs):
+            if g is None: continue
+            if ds[k] is None: ds[k] = torch.zeros_like(y1)  # not before: the first part's graph was the larger
+            ds[k][rows] = g
         _sum(acc, gp, taken)
-        del gs,gp
-    return d1,d2,acc
+        del o,gs,gp
+    call.done()
+    if errors: start.compare(torch.cat(errors[::-1]))
+    return *ds,acc
 
-# %% ../nbs/01_engine.ipynb #3206220d
+# %% ../nbs/01_engine.ipynb #0767471c
 class ReversibleSequence(nn.ModuleList):
     "Blocks one after another, their activations rebuilt instead of stored"
     def __init__(self,
         blocks=(), # `ReversibleBlock`s, in order
         chunk:int|None=None, # Images at a time, in forward and backward; by default `chunk_size`
+        name:str='', # What messages call it
     ):
         super().__init__(blocks)
         if chunk is not None and chunk<1: raise ValueError(f"chunk must be at least 1 image, got {chunk}")
-        self.chunk,self.reversible = chunk,True
+        self.chunk,self.name = chunk,name
+        self.set_reversible()
 
     def set_reversible(self,
         on:bool=True, # `False` stores activations, by ordinary autograd
+        exact:bool|None=None, # Rebuild the same bits; None does so under autocast
     ):
         "Rebuild activations in the backward pass, or store them"
-        self.reversible = on
+        self.reversible,self.exact = on,exact
 
     def __getitem__(self, i):
         part = super().__getitem__(i)
-        if isinstance(i, slice): part.chunk,part.reversible = self.chunk,self.reversible
+        if isinstance(i, slice): part.chunk,part.reversible,part.exact,part.name = self.chunk,self.reversible,self.exact,self.name
         return part
 
-# %% ../nbs/01_engine.ipynb #38e3f693
+# %% ../nbs/01_engine.ipynb #9da4b08d
 @patch
 def _calls(self:ReversibleBlock, i, x, chunk):
     "`f` and `g` of the `i`-th block as calls on images like `x`, with drop path drawn"
     scale = 1/(1-self.drop_path) if self.training else 1.
-    return [_Call(m, f'{n} of block {i}', x, chunk, rows, scale) for n,m,rows in zip('fg', (self.f,self.g), self._survivors(x))]
+    return [_call(m, f'{n} of block {i}', x, chunk, rows, scale) for n,m,rows in zip('fg', (self.f,self.g), self._survivors(x))]
 
 @patch
 def _run(self:ReversibleSequence, blocks, x1, x2, tail, tape):
     "`blocks`, with their numbers, in place"
     x1,x2 = _Enter.apply(x1, x2, tape)
+    chunk = self.chunk or chunk_size(x1)
     for i,b in blocks:
-        f,g = b._calls(i, x1, self.chunk)
+        f,g = b._calls(i, x1, chunk)
+        tape.params += f.params + g.params
         x1,x2 = _Block.apply(x1, x2, tape, f, g, *f.params, *g.params)
     if tail is None: return _Exit.apply(x1, x2, tape)
-    call = _Call(tail, 'the tail', x1, self.chunk)
+    call = _call(tail, 'the tail', x1, chunk)
+    tape.params += call.params
     return _Tail.apply(x1, x2, tape, call, *call.params)
 
-# %% ../nbs/01_engine.ipynb #1ba86656
-def _plain(block):
-    "Must the block go by ordinary autograd?"
-    hooks = block._forward_hooks or block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks
-    return bool(hooks) or type(block).forward is not ReversibleBlock.forward
+# %% ../nbs/01_engine.ipynb #beb090ae
+_BLOCK_FORWARD = ReversibleBlock.forward
 
-@patch
-@torch.compiler.disable
-def _reverse(self:ReversibleSequence, x1, x2, tail):
-    "Runs in place, with plain blocks in between"
-    runs = [(plain,[o for _,o in g]) for plain,g in groupby(((_plain(b),(i,b)) for i,b in enumerate(self)), lambda o: o[0])]
-    if tail is not None and (not runs or runs[-1][0]): runs.append((False,[]))
-    watch = [*self.parameters(), *(tail.parameters() if tail is not None else ())]
-    fresh,out = [],(x1,x2)
-    for k,(plain,blocks) in enumerate(runs):
-        if not plain: out = self._run(blocks, *out, tail if k==len(runs)-1 else None, _Tape(fresh, watch if k>=len(runs)-2 else ()))
-        else:
-            for _,b in blocks: out = b(*out)
+def _why_stored(block):
+    "Why a block must go by ordinary autograd, if it must"
+    if global_hooks(): return 'there are hooks on all modules'
+    hooks = block._forward_hooks or block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks
+    if hooks: return 'there is a hook on it'
+    if 'forward' in block.__dict__ or type(block).forward is not _BLOCK_FORWARD: return 'it has a forward of its own'
+    if block._compiled_call_impl is not None: return 'it is compiled (compile its F and G instead)'
+
+_told = WeakSet()   # blocks whose cost was said
+
+def _run_stored(block, i, why, xs):
+    "A block by ordinary autograd, and once a sentence about what that costs"
+    if block in _told or not torch.is_grad_enabled(): return block(*xs)
+    _told.add(block)
+    kept,known = {},{o.untyped_storage().data_ptr() for o in (*xs, *block.parameters(), *block.buffers())}
+    def note(t):
+        s = t.untyped_storage() if t.layout==torch.strided and type(t) in (torch.Tensor,nn.Parameter) else None
+        if s is not None and s.data_ptr() not in known: kept[s.data_ptr()] = s.nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): out = block(*xs)
+    warnings.warn(f"block {i} goes by ordinary autograd, because {why}: it stores {sum(kept.values())/1e6:.3g} MB "
+                  "of activations that would be rebuilt", RuntimeWarning)
     return out
 
-# %% ../nbs/01_engine.ipynb #7a4acc4a
+# %% ../nbs/01_engine.ipynb #37ad8714
+def _span(blocks):
+    "What messages call a run"
+    if not blocks: return 'a tail alone'
+    return f"block {blocks[0][0]}" if len(blocks)==1 else f"blocks {blocks[0][0]} to {blocks[-1][0]}"
+
+@patch
+@torch.compiler.disable(reason="a reversible run cannot be part of a compiled graph: call set_reversible(False) for fullgraph=True")
+def _reverse(self:ReversibleSequence, x1, x2, tail, exact):
+    "Runs in place, with stored blocks in between"
+    hear()
+    numbered = ((_why_stored(b),(i,b)) for i,b in enumerate(self))
+    runs = [(why,[o for _,o in g]) for why,g in groupby(numbered, lambda o: o[0])]
+    if tail is not None and (not runs or runs[-1][0]): runs.append((None,[]))
+    fresh,params,out,amp,last = [],[],(x1,x2),amp_dtype(x1.device),len(runs)-1
+    for k,(why,blocks) in enumerate(runs):
+        if why is None:
+            name = _span(blocks) + (f' of {self.name}' if self.name else '')
+            tape = _Tape(name, exact and bool(blocks), amp, fresh, params, k>=last-1)
+            out = self._run(blocks, *out, tail if k==last else None, tape)
+        else:
+            for i,b in blocks: out = _run_stored(b, i, why, out)
+            params += [p for _,b in blocks for p in b.parameters()]
+    return out
+
+@patch
+def _store(self:ReversibleSequence, x1, x2, tail, exact):
+    "All blocks by ordinary autograd"
+    chunk,snapped = self.chunk or chunk_size(x1),False
+    for b in self:
+        if torch.compiler.is_compiling() or _why_stored(b) is not None: (x1,x2),snapped = b(x1, x2),False
+        else:
+            if exact and not snapped: (x1,x2),snapped = (Snap.apply(o, o.dtype) for o in (x1,x2)),True
+            x1,x2 = b.forward(x1, x2, chunk, exact)
+    return (x1,x2) if tail is None else _stored(tail, (x1,x2), chunk, exact)
+
+# %% ../nbs/01_engine.ipynb #f09e3fa0
 @patch
 def _reverses(self:ReversibleSequence, x1, x2, tail):
     "Is there a backward pass to save memory for?"
     parts = [*self] if tail is None else [*self, tail]
     if not (self.reversible and parts and torch.is_grad_enabled()) or torch.compiler.is_exporting(): return False
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None: return False  # the compiler's own tracing has such a stack too
+    if type(x1).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__: return False   # a wrapper with ways of its own
+    if not torch.compiler.is_compiling() and transforming(): return False   # the compiler's own tracing looks like that too
     return x1.requires_grad or x2.requires_grad or any(p.requires_grad for m in parts for p in m.parameters())
+
+@patch
+def _is_exact(self:ReversibleSequence, x):
+    "Does the exact mode hold for a stream like `x`?"
+    if self.exact is None: return amp_dtype(x.device) is not None and x.dtype in GRID
+    if self.exact: grid(x.dtype)
+    return self.exact
 
 @patch
 def forward(self:ReversibleSequence,
@@ -467,18 +504,22 @@ def forward(self:ReversibleSequence,
 ): # `(y1,y2)`, or what `tail` makes of them
     "Both streams through all blocks"
     for x in (x1,x2):
-        if not (isinstance(x, torch.Tensor) and x.ndim and x.is_floating_point()): raise ValueError(f"streams are floating-point tensors with images first, got {_about(x)}")
+        if not (isinstance(x, torch.Tensor) and x.ndim and x.is_floating_point()):
+            raise ValueError(f"streams are floating-point tensors with images first, got {_about(x)}")
     if tail is not None and not isinstance(tail, nn.Module): raise ValueError(f"tail must be a module, got {type(tail).__name__}")
     _alike(x1, x2)
-    if self._reverses(x1, x2, tail): return self._reverse(x1, x2, tail)
-    for b in self: x1,x2 = b(x1, x2)
-    return (x1,x2) if tail is None else tail(x1, x2)
+    exact,kind = self._is_exact(x1),type(x1)
+    if not self._reverses(x1, x2, tail): return self._store(x1, x2, tail, exact)
+    if kind in (torch.Tensor,nn.Parameter): return self._reverse(x1, x2, tail, exact)
+    out = self._reverse(*(x.as_subclass(torch.Tensor) for x in (x1,x2)), tail, exact)   # fastai's images, say
+    return tuple(o.as_subclass(kind) for o in out) if tail is None else out.as_subclass(kind)
 
 @patch
 def inverse(self:ReversibleSequence,
     y1:torch.Tensor, # First output
     y2:torch.Tensor, # Second output
 )->tuple: # `(x1,x2)`
-    "The sequence's inputs, from its outputs"
-    for b in reversed(self): y1,y2 = b.inverse(y1, y2)
+    "The sequence's inputs, from its outputs; in the exact mode rounded to its grid"
+    exact = self._is_exact(y1)
+    for b in reversed(self): y1,y2 = b.inverse(y1, y2, exact)
     return y1,y2

@@ -16,8 +16,9 @@ from fastcore.basics import patch
 from timm.layers import DropPath, Mlp, register_notrace_function, resample_abs_pos_embed, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
+from .core.replay import recompute
 from .engine import ReversibleBlock, ReversibleSequence
-from .layers import OverlapPatchEmbed, PooledFusion, PoolingAttention, PreNorm, StreamFusion, again, mlp_half
+from .layers import OverlapPatchEmbed, PooledFusion, PoolingAttention, PreNorm, StreamFusion, mlp_half
 from .vit import RevViT, _cfg, _grid_of, _init_linear, _join_qkv, _our_name, _tuples, _unwrap, drop_path_rates
 
 # %% ../nbs/05_mvit.ipynb #96d64f04
@@ -88,7 +89,12 @@ class MeanFusion(nn.Module):
     def forward(self, x1, x2): return (x1+x2)/2
 
 # %% ../nbs/05_mvit.ipynb #fdd22861
-def _residual(proj, pool, x): return pool(proj(x))
+class _Residual(nn.Module):
+    "What goes past the attention of a stage transition"
+    def __init__(self, proj, pool): super().__init__(); self.proj,self.pool = proj,pool
+    def forward(self, x): return self.pool(self.proj(x))
+
+def _apply(m, x): return m(x)
 
 class StageTransition(nn.Module):
     "Two streams (B, T, H, W, dim) to one (B, t, h, w, 2*dim) on a coarser grid"
@@ -119,7 +125,7 @@ class StageTransition(nn.Module):
 
     def forward(self, x1, x2):
         x = self.fuse(x1, x2)
-        y = again(self.reversible, _residual, (self.proj, self.f.fn.pool_q), x).to(x.dtype) + self.f(x)
+        y = recompute(self.reversible, _apply, _Residual(self.proj, self.f.fn.pool_q), x).to(x.dtype) + self.f(x)
         return y + self.g(y)
 
 # %% ../nbs/05_mvit.ipynb #c18a8b41
@@ -193,7 +199,7 @@ def _make_blocks(self:RevMViT, size, rates):
     a,plan = self.model_args,list(_stages(size))
     same = dict(mlp_ratio=a['mlp_ratio'], qkv_bias=size.qkv_bias, proj_drop=a['proj_drop_rate'], attn_drop=a['attn_drop_rate'])
     self.stages = nn.ModuleList(ReversibleSequence((mvit_block(s.dim, s.num_heads, size.pool_kernel, s.kv_stride, **same,
-        drop_path=rates[i], shared_drop_path=a['shared_drop_path']) for i in s.blocks), a['chunk']) for s in plan)
+        drop_path=rates[i], shared_drop_path=a['shared_drop_path']) for i in s.blocks), a['chunk'], f'stage {n}') for n,s in enumerate(plan))
     self.transitions = nn.ModuleList(StageTransition(old.dim, new.num_heads, size.pool_kernel, size.q_stride, new.kv_stride, size.stream_fusion, **same)
         for old,new in pairwise(plan))
     self.drops = nn.ModuleList(DropPath(rates[i] if a['drop_whole'] else 0.) for i in size.stage_starts)
@@ -262,9 +268,11 @@ def forward(self:RevMViT, x:torch.Tensor):
 @patch
 def set_reversible(self:RevMViT,
     on:bool=True, # `False` stores activations, as any other model does
+    exact:bool|None=None, # Rebuild the same bits; None does so under autocast
 ):
     "Rebuild activations in the backward pass, or store them"
-    for o in (*self.stages, *self.transitions): o.set_reversible(on)
+    for o in self.stages: o.set_reversible(on, exact)
+    for o in self.transitions: o.set_reversible(on)
 
 # %% ../nbs/05_mvit.ipynb #12ca5e1f
 @patch(as_prop=True)

@@ -157,9 +157,10 @@ def forward(self:RevViT, x:torch.Tensor):
 @patch
 def set_reversible(self:RevViT,
     on:bool=True, # `False` stores activations, as any other model does
+    exact:bool|None=None, # Rebuild the same bits; None does so under autocast
 ):
     "Rebuild activations in the backward pass, or store them"
-    self.blocks.set_reversible(on)
+    self.blocks.set_reversible(on, exact)
 
 @patch
 def set_grad_checkpointing(self:RevViT,

@@ -236,7 +236,7 @@ def test_R13_parameter_hooks_fire_once_with_the_final_gradient(make):
 
 @both
 def test_R13_hooks_on_f_and_g_run_and_count(make):
-    "Once a part forwards and once a part backwards; with dropout the parts are one, and the part that found that out comes on top"
+    "Once a part forwards and once a part backwards, with dropout as without"
     for rate in (0,1):
         m,xs = make(rate, b=6)
         calls,back = [],[]
@@ -248,8 +248,7 @@ def test_R13_hooks_on_f_and_g_run_and_count(make):
         grads(m, xs)
         chunk = blocks_of(m).chunk
         parts = 3*[2] if chunk else [6]
-        want = 2*parts if not rate else [6,6] if not chunk else [2,6,6]
-        assert calls==want and len(back)==(1 if rate else len(parts))
+        assert calls==2*parts and len(back)==len(parts)
 
 @both
 def test_R14_double_backward_is_refused_with_its_remedy(make):
@@ -433,7 +432,7 @@ def extra_peak(step):
 def wide(kind, depth):
     "A model and a batch that is large beside it; every block drops alike, so that only the depths differ"
     if kind==vit:
-        m,xs = vit(depth, 8, dtype=torch.float32, b=256, dim=48, heads=4)
+        m,xs = vit(depth, 128, dtype=torch.float32, b=256, dim=48, heads=4)
         for o in m.blocks: o.drop_path = .05
         return m,xs
     return stack(depth, .3, .2, 64, lambda i: (nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU(), nn.Dropout(.3), nn.Linear(64, 64)),mlp(64)),
@@ -474,13 +473,13 @@ def step_bytes(m, xs):
 @pytest.mark.parametrize('kind, rate', [(mvit,0),(clip,1)])
 @pytest.mark.parametrize('stage', [0,1,2])
 def test_R23_blocks_in_any_stage_of_a_rev_mvit_are_free(kind, stage, rate):
-    "Bytes kept and peak do not know how many blocks a stage has, but for two states of the random generator (5,056 bytes each) in a block with dropout"
+    "Bytes kept and peak do not know how many blocks a stage has, but for the states of the random generator: 5,056 bytes for each part of a half with dropout"
     def measured(n):
         m,xs = kind({0:(n,n+2), 1:(1,n+2), 2:(1,3)}[stage], n+4, 2, rate, torch.float32, b=4)
         for o in (o for s in m.stages for o in s): o.drop_path = .1*rate # it rises with the depth, and with it the images that are left
         return step_bytes(m, xs)
     (kept1,peak1),(kept4,peak4) = measured(1),measured(4)
-    assert kept4==kept1 and peak4-peak1 <= rate*3*2*5300, (peak1,peak4)
+    assert kept4==kept1 and peak4-peak1 <= rate*3*2*2*5300, (peak1,peak4)
 
 @pytest.mark.parametrize('kind', [mvit, clip])
 def test_R23_a_rev_mvit_needs_a_tenth_of_plain_and_leaks_nothing(kind):
