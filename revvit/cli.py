@@ -90,6 +90,7 @@ def _again(folder, told):
     if none: print(f"{folder}: stopped before its first state, so the run begins again")
     return folder
 
+# %% ../nbs/11_cli.ipynb #3b00bad3
 def _resumable(out, name):
     "The folder to go on in; None if there is none"
     runs = [out] if out is not None else [o for o in Path('runs').glob(f'{name}*') if o.name==name or o.name.removeprefix(f'{name}-').isdigit()]
