@@ -62,16 +62,19 @@ def _unreadable(path, error):
 def _scan(
     c, # Open container, read to its end
     s, # Its video stream
+    since:float=-math.inf, # Frames before this stamp are not shown
 )->tuple: # Video frames, stamps of the first and of the end, and seconds that the header promises beyond the last packet
     "Where a video begins and ends, from its packets"
-    n,first,end,last = 0,math.inf,-math.inf,-math.inf
+    shown,last = [],-math.inf
     for p in c.demux():
         t = p.dts if p.pts is None else p.pts
         if t is None or p.is_discard: continue
         last = max(last, float((t+(p.duration or 0))*p.time_base))
-        if p.stream_index==s.index: n,first,end = n+1,min(first, t),max(end, t+(p.duration or 0))
+        if p.stream_index==s.index and t>=since: shown.append((p.dts if c.format.name=='avi' else t, p.duration or 0))   # AVI numbers frames in the order of decoding
+    n,(first,_),(top,lasts) = len(shown),min(shown, default=(math.inf,0)),max(shown, default=(-math.inf,0))
+    if n>1 and not lasts: lasts = (top-first)/(n-1)   # FLV does not say how long a frame is shown
     promised = last if c.duration is None else (c.duration+(c.start_time or 0))/av.time_base
-    return n,first,end,promised-last
+    return n,first,top+lasts,promised-last
 
 # %% ../nbs/08_videos.ipynb #8e7e27e2
 class Video:
@@ -82,33 +85,52 @@ class Video:
         self.path = Path(path)
         self._begin()
         try: self._measure()
-        except BaseException: self.close(); raise
+        except BaseException as e:
+            self.close()
+            raise self._damaged(e) if isinstance(e, av.FFmpegError) else e
     def _begin(self):
         self.container,self.stream = _open(self.path)
         self.stream.codec_context.thread_count = 1   # more threads would only compete with a loader's other workers
     def close(self): self.container.close()
     def __enter__(self): return self
     def __exit__(self, *args): self.close()
-    def _slot(self, stamp): return round((stamp-self.first)*self.scale)
+    def _slot(self, stamp): return math.floor((stamp-self.first)*self.scale+.5)   # `round` would put two halves on one even number
+    def _damaged(self, e): return UnreadableFile(f"{self.path}: the video cannot be decoded, it is damaged ({e.strerror})")
 
-# %% ../nbs/08_videos.ipynb #496d39ce
+# %% ../nbs/08_videos.ipynb #ddf616d1
+@patch
+def _span(self:Video,
+    first:int|None, # Stamp of the first frame that is shown, if known
+)->tuple: # Frames, stamps of the first and of the end, is the file's end gone?
+    "Where the video begins and ends"
+    c,s = self.container,self.stream
+    if 'mp4' in c.format.name and s.frames and (shown := [o for o in s.index_entries if not o.is_discard]):
+        c.seek(shown[-1].timestamp, stream=s)
+        final,(_,start,end,_) = s.index_entries[-1],_scan(c, s)
+        return len(shown),start if first is None else first,end,final.pos+final.size>self.path.stat().st_size
+    self.close(); self._begin()   # some containers cannot be wound back to their start
+    n,start,end,short = _scan(self.container, self.stream, -math.inf if first is None else first)
+    return n,start,end,short>.25
+
+# %% ../nbs/08_videos.ipynb #5340f332
 @patch
 def _measure(self:Video):
     "Find the frame rate, the first time stamp and the number of frames; refuse what has lost its end"
-    c,s = self.container,self.stream
-    if 'mp4' in c.format.name and s.frames and s.duration and len(s.index_entries):
-        n,self.first,length = s.frames,s.start_time or 0,s.duration
-        final = s.index_entries[-1]
-        cut = final.pos+final.size>self.path.stat().st_size
-    else:
-        n,self.first,end,short = _scan(c, s)
-        length,cut = end-self.first,short>.25 or n<s.frames
+    frame = next(self.container.decode(self.stream), None)
+    n,self.first,end,cut = self._span(frame and frame.pts)
+    c,s,ticks = self.container,self.stream,1
+    avi = c.format.name=='avi'
+    if avi and n>1:
+        ticks = max(1, round((end-self.first)/n))
+        end += ticks-1   # the last packet is said to last one
+        cut = cut or s.duration and s.duration>=end-self.first+ticks
     if cut: raise UnreadableFile(f"{self.path}: the video is truncated, the file ends before its last frame")
+    if frame is None: n = 0
     if n<2: raise UnreadableFile(f"{self.path}: a video of {n} frame{'s'*(n!=1)}, at least 2 are needed")
-    self.rate = float(s.average_rate or s.guessed_rate or n/(length*s.time_base))   # frames a second
-    self.scale = self.rate*float(s.time_base)                                        # frames a stamp
-    self.counted = c.format.name=='avi' and s.codec_context.has_b_frames   # AVI stamps such frames in the wrong order
-    self.frames = n if self.counted else max(2, round(length*self.scale))
+    self.rate = float(s.average_rate or s.guessed_rate or n/((end-self.first)*s.time_base))/ticks   # frames a second
+    self.scale = self.rate*float(s.time_base)                                                        # frames a stamp
+    self.counted = avi and (s.codec_context.has_b_frames or frame.pts!=frame.dts)
+    self.frames = n if self.counted else max(2, self._slot(end))
 
 # %% ../nbs/08_videos.ipynb #f23b6bad
 @patch
@@ -122,7 +144,7 @@ def _from(self:Video,
         for n,frame in enumerate(self.container.decode(self.stream)):
             if frame.pts is None and not self.counted: raise UnreadableFile(f"{self.path}: the frames have no time stamps")
             yield n if self.counted else self._slot(frame.pts),frame
-    except av.FFmpegError as e: raise UnreadableFile(f"{self.path}: the video cannot be decoded, it is damaged ({e.strerror})") from e
+    except av.FFmpegError as e: raise self._damaged(e) from e
 
 # %% ../nbs/08_videos.ipynb #e637e10a
 def _rgb(

@@ -5,6 +5,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av, numpy as np, pytest, torch
+from av.bitstream import BitStreamFilterContext
 from PIL import Image
 from revvit import videos
 from revvit.images import UnreadableFile, digits
@@ -112,6 +113,50 @@ def test_R36_edit_list_and_sound(tmp):
     with Video(tmp/'edited.mp4') as v: assert shown(v.read(range(v.frames)))==list(range(20, 60))
     for suffix in ('mp4','mkv','avi','ts'):
         with Video(write(tmp/f'sound.{suffix}', 30, sound=True, bf=0)) as v: assert shown(v.read(range(v.frames)))==list(range(30))
+
+def copied(src, path, begin=0., end=9., ticks=None):
+    "What `ffmpeg -ss begin -to end -c copy` makes: packets from the key frame before `begin` on, which is moment 0 of an mp4; `ticks` a frame as it writes them into AVI"
+    with av.open(str(src)) as i, av.open(str(path), 'w') as o:
+        s = i.streams.video[0]
+        packets = [p for p in i.demux(s) if p.dts is not None and p.dts*p.time_base<end]
+        start = max(k for k,p in enumerate(packets) if p.is_keyframe and p.pts*p.time_base<=begin)
+        t = o.add_stream_from_template(s)
+        if ticks: t.time_base = 1/(s.average_rate*ticks)
+        shift = round(begin/s.time_base) if path.suffix=='.mp4' else packets[start].dts
+        form = BitStreamFilterContext('h264_mp4toannexb' if path.suffix=='.avi' and s.codec.name=='h264' else 'null', s)
+        for p in packets[start:]:
+            p.pts -= shift; p.dts -= shift
+            for q in form.filter(p):
+                q.stream = t
+                o.mux(q)
+    return path
+
+def on_screen(path, rate, counted):
+    "Numbers that are seen at each moment of an even grid when the file is decoded from one end to the other; `counted`: one after the other"
+    with av.open(str(path)) as c:
+        seen = [(f.pts*f.time_base, f) for f in c.decode(video=0)]
+    numbers = shown(torch.stack([torch.from_numpy(f.to_ndarray(format='rgb24')) for _,f in seen]).permute(0,3,1,2))
+    if counted: return numbers
+    places = [int((t-seen[0][0])*rate+Fraction(1,2)) for t,_ in seen]
+    return [numbers[sum(p<=k for p in places)-1] for k in range(places[-1]+1)]
+
+@pytest.mark.parametrize('codec,bf,g', [('libx264',0,12),('libx264',2,12),('libx264',3,250),('mpeg4',2,12)])
+def test_R36_cut_without_encoding(tmp, codec, bf, g):
+    "From the middle between two key frames and between two frames, to where frames shown later are missing; into each container; also where the first frames cannot be shown for want of their base"
+    src,wrong = write(tmp/'src.mp4', 70, 25, codec, bf=bf, g=g),[]
+    for begin,end in ((0.,9.), (.52,2.1), (1.33,2.53)):
+        for suffix,ticks in (('mp4',None), ('mkv',None), ('ts',None), ('flv',None), ('avi',1), ('avi',2)):
+            if codec=='mpeg4' and suffix in ('flv','ts'): continue   # FLV does not know it, and a .ts has nowhere to say its size
+            path = copied(src, tmp/f'cut.{suffix}', begin, end, ticks)
+            want = on_screen(path, 25, suffix=='avi')
+            with Video(path) as v: got = (v.rate, shown(v.read(range(v.frames))), shown(v.read([v.frames-1, 0, v.frames//2])))
+            if got!=(25., want, [want[-1], want[0], want[len(want)//2]]): wrong.append((begin, suffix, ticks, got, want))
+    assert not wrong, (len(wrong), wrong[:2])
+
+@pytest.mark.parametrize('rate', [25, NTSC])
+def test_R36_last_frame_without_duration(tmp, rate):
+    "Sorenson's codec in FLV: no packet says how long its frame is shown, the last is a frame all the same"
+    with Video(write(tmp/'sorenson.flv', 40, rate, 'flv', g=12, qmin=2, qmax=2)) as v: assert (v.frames, shown(v.read(range(v.frames))))==(40, list(range(40)))
 
 def test_R36_turned_video(tmp):
     for degrees,size in ((90,(64,48)),(180,(48,64)),(-90,(64,48))):
