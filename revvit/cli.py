@@ -170,21 +170,21 @@ def _check_flags(recipe, workers, seed, threads, save_steps, save_minutes):
         if v is not None and v<1: raise ValueError(f"{k} must be 1 or more, got {v}")
     if save_minutes is not None and not 0<save_minutes<float('inf'): raise ValueError(f"save_minutes must be a number above 0, got {save_minutes}")
 
-def _own_data(r, data, workers, on_bad, root):
+def _own_data(r, data, workers, on_bad, root, allow_shared=False):
     "Where the data are, and keywords for their loader"
     if r.data=='digits':
         if data: raise ValueError("the recipe digits brings its own data: leave --data out")
         return None,dict(workers=workers or 0)
     if r.data!='moving_digits' and workers is None: workers = max(1, min(16, os.cpu_count()//int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
     if root and r.data!='clips': raise ValueError(f"--root is for lists of videos: leave it out for {r.data}")
-    return data,dict(workers=workers or 0, on_bad=on_bad, **({'root': str(root)} if root else {}))
+    return data,dict(workers=workers or 0, on_bad=on_bad, **({'root': str(root)} if root else {}), **({'allow_shared': True} if allow_shared else {}))
 
 # %% ../nbs/11_cli.ipynb #a2dc0731
-def _learner(r, data, seed, amp, weights, new_head, workers, on_bad, root):
+def _learner(r, data, seed, amp, weights, new_head, workers, on_bad, root, allow_shared=False):
     "The learner, and what its loaders were told"
     from revvit.checkpoints import load_checkpoint
     from revvit.training import learner, recipe_dls, recipe_model
-    data,kwargs = _own_data(r, data, workers, on_bad, root)
+    data,kwargs = _own_data(r, data, workers, on_bad, root, allow_shared)
     dls = recipe_dls(r, data, seed=seed, **kwargs)
     model = recipe_model(r, len(dls.vocab), seed)
     if weights: print(load_checkpoint(model, weights, new_head=new_head))
@@ -207,6 +207,7 @@ def revvit_train(
     new_head:bool=False, # Leave the classifier of --weights and begin with a new one, as other classes need
     average:float|None=None, # Measure and save a moving average of the weights with this decay per step, such as 0.9999; by default none
     on_bad:str='raise', # Files that cannot be read: raise ends the run with the first, skip leaves them out and counts them
+    allow_shared:bool=False, # Accept a file that is in the training and in the test data; by default that is an error
     root:Path|None=None, # Where relative paths in lists of videos start; by default the folder of the list
     resume:bool=False, # Go on with the run in --out, or with the last one of this recipe; with none to go on with, begin one
     save_steps:int|None=None, # Save the state of the run every so many steps too, 1 for each; by default after each epoch
@@ -222,7 +223,7 @@ def revvit_train(
     if threads or r.threads: torch.set_num_threads(threads or r.threads)
     world = join_group()
     try:
-        learn,kwargs = _learner(r, data, seed, amp, weights, new_head, workers, on_bad, root)
+        learn,kwargs = _learner(r, data, seed, amp, weights, new_head, workers, on_bad, root, allow_shared)
         told = dict(recipe=recipe, seed=seed, amp=amp, weights=str(weights or ''), new_head=new_head)
         out = from_first(_claim, out, recipe, resume, {**_settings(r), **told})
         done = _train(learn, r, out, resume, save_steps, save_minutes, dict(told, data=str(data or ''), out=str(out), resume=resume, save_steps=save_steps, save_minutes=save_minutes, processes=world, **kwargs))

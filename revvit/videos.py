@@ -22,16 +22,14 @@ from torchvision.transforms.v2 import functional as F
 from fastai.data.core import get_show_batch_func
 from fastai.vision.all import Categorize, DataLoaders, Datasets, ItemTransform, TensorImageBase, Transform, default_device, get_grid, show_image
 from plum import dispatch
-from .images import EpochDL, UnreadableFile, _some, digits, hold_out, naming
+from .images import EpochDL, UnreadableFile, _some, digits, file_faults, hold_out, leave_out, naming, video_suffixes
 
 # %% ../nbs/08_videos.ipynb #76bcf177
-_SUFFIXES = frozenset('.3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv'.split())
-
 def is_video(
     path:str|Path, # Any file name
 )->bool:
     "Does the name end like that of a video file?"
-    return Path(path).suffix.lower() in _SUFFIXES
+    return Path(path).suffix.lower() in video_suffixes
 
 # %% ../nbs/08_videos.ipynb #59ba35dc
 def _open(
@@ -389,16 +387,6 @@ def clip_classes(
     return names
 
 # %% ../nbs/08_videos.ipynb #96bc746d
-def _faults(
-    paths, # Files
-)->dict: # Sentence for each that cannot be a video
-    "Files that are missing or empty"
-    def fault(o):
-        try: return None if os.stat(o).st_size else f"{o}: the video file is empty (0 bytes)"
-        except OSError as e: return f"{o}: {'no such video file' if isinstance(e, FileNotFoundError) else e.strerror}"
-    return {o:said for o in paths if (said := fault(o))}
-
-# %% ../nbs/08_videos.ipynb #f7a04c38
 def clip_files(
     path:str|Path, # Folder that holds the lists
     train:str='train.csv', # List of training videos
@@ -406,17 +394,17 @@ def clip_files(
     root:str|Path|None=None, # Where relative paths in the lists start; None for the folder of the list
     on_bad:str='raise', # Missing and empty files: 'raise', or 'skip' to leave them out with a warning
     check:bool=True, # Look at every file; False trusts the lists, for slow disks
+    allow_shared:bool=False, # A video that is in both lists is warned of; by default it is an error
 )->tuple: # Labels by path for training and held-out videos, and the class names
     "Read both lists of a data set, or say what is wrong with it"
     path = Path(path)
     lists,parts = [path/o for o in (train,valid)],[read_clip_list(path/o, root) for o in (train,valid)]
-    if both := sorted(set(parts[0])&set(parts[1])): raise ValueError(f"{lists[1]}: {_some(both)} is in {train!r} too")
+    both = sorted(set(parts[0])&set(parts[1]))
+    if both and not allow_shared: raise ValueError(f"{lists[1]}: {_some(both)} is in {train!r} too: allow it by allow_shared (--allow-shared) if that is meant")
+    if two := [o for o in both if parts[0][o]!=parts[1][o]]: raise ValueError(f"{lists[1]}: {_some(two)} has another label in {train!r}")
     vocab = clip_classes(path, max(max(o.values()) for o in parts)+1)
-    faults = _faults([o for p in parts for o in p]) if check else {}
-    if faults:
-        said = list(faults.values())
-        if on_bad=='raise': raise UnreadableFile(said[0] + (f" (and {len(said)-1} more such files)" if said[1:] else ''))
-        warnings.warn(f"{len(said)} unreadable files are left out: {'; '.join(said[:3])}{'; ...' if said[3:] else ''}")
+    faults = file_faults(*map(list, parts), 'video', allow_shared) if check else {}
+    leave_out(faults, on_bad)
     parts = [{k:v for k,v in o.items() if k not in faults} for o in parts]
     for l,o in zip(lists, parts):
         seen = set(o.values())
@@ -479,6 +467,7 @@ def clip_dls(
     views:int=1, # Clips of each held-out video
     on_bad:str='raise', # Files that cannot be read: 'raise', or 'skip' to leave them out and count them
     check:bool=True, # Look at every file before the first epoch
+    allow_shared:bool=False, # A video that is in both lists is warned of; by default it is an error
     train:str='train.csv', # List of training videos
     valid:str='val.csv', # List of held-out videos
     root:str|Path|None=None, # Where relative paths in the lists start; None for the folder of the list
@@ -490,7 +479,7 @@ def clip_dls(
     if aug and tfm: raise ValueError("aug describes this project's augmentation, tfm replaces it: give one of the two")
     if repeats<1: raise ValueError(f"repeats must be at least 1, got {repeats}")
     path,device = Path(path).expanduser(),torch.device(default_device() if device is None else device)
-    files,held,vocab = clip_files(path, train, valid, root, on_bad, check)
+    files,held,vocab = clip_files(path, train, valid, root, on_bad, check, allow_shared)
     if not 1<=bs<=len(files)//world: raise ValueError(f"the batch size must be from 1 to the {len(files)//world} training videos of a process, got {bs}")
     readers = [_Read(TrainClips(cfg, tfm or ClipAugment(cfg, **(aug or {})), repeats), 0), _Read(_Views(cfg, views), 1)]
     n,dsets = len(files),Datasets([*files, *held], [readers, [_Label(files|held, vocab), Categorize(vocab=vocab, sort=False)]], splits=(range(len(files)), range(len(files), len(files)+len(held))))

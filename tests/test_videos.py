@@ -9,6 +9,7 @@ from av.bitstream import BitStreamFilterContext
 from PIL import Image
 from revvit import videos
 from revvit.images import UnreadableFile, digits
+from revvit.inference import folder_items
 from revvit.videos import ClipTransform, Video, clip_dls, clip_files, clip_indices, directions, is_video, moving_digits, moving_digits_dls, read_clip_list
 
 torch.set_num_threads(1)
@@ -344,6 +345,41 @@ def test_R38_classes(data, tmp):
     assert says(train=[*lists['train'], 'train ünï 0.mp4 1'])=="t.csv, line 13: 'train ünï 0.mp4' is already in line 1"
     assert 'is in \'t.csv\' too' in says(val=[*lists['val'], lists['train'][0]])
     assert says(train=[*lists['train'], 'gone.mp4 1'])=='gone.mp4: no such video file'
+
+@pytest.mark.parametrize('how', ['same line','symlink','hard link'])
+def test_R38_videos_in_both_lists(tmp, how):
+    "An error, whatever the names, or a warning if asked for; two names for one video in one list are counted"
+    folder = tmp/f'shared {how}'
+    folder.mkdir()
+    for i in range(4): write(folder/f'{i}.mp4', 20, start=i)
+    if how=='symlink': (folder/'x.mp4').symlink_to(folder/'1.mp4')
+    if how=='hard link': os.link(folder/'1.mp4', folder/'x.mp4')
+    twin = '1.mp4' if how=='same line' else 'x.mp4'
+    (folder/'train.csv').write_text('0.mp4 0\n1.mp4 1\n')
+    (folder/'val.csv').write_text(f'2.mp4 0\n{twin} 1\n')
+    with pytest.raises(ValueError, match=r'allow it by allow_shared \(--allow-shared\) if that is meant') as e: dls(folder, bs=2)
+    assert "'train.csv' too" in str(e.value) if how=='same line' else f"{folder/'1.mp4'} and {folder/'x.mp4'} are one and the same file, in training and held out" in str(e.value)
+    d,said = quiet(lambda: dls(folder, bs=2, allow_shared=True))
+    assert len(d.train_ds)==len(d.valid_ds)==2 and len(said)==1 and said[0].endswith('are one and the same file, in training and held out')
+    if how=='same line':
+        (folder/'val.csv').write_text('2.mp4 1\n1.mp4 0\n')
+        with pytest.raises(ValueError, match="'.*1.mp4' has another label in 'train.csv'"): dls(folder, bs=2, allow_shared=True)
+    else:
+        (folder/'train.csv').write_text('0.mp4 0\n1.mp4 1\nx.mp4 1'); (folder/'val.csv').write_text('2.mp4 0\n3.mp4 1\n')
+        d,said = quiet(lambda: dls(folder, bs=2))
+        assert len(d.train_ds)==3 and said==[f"{folder/'1.mp4'} and {folder/'x.mp4'} are one and the same file"]
+
+def test_R38_class_folders_of_videos(tmp):
+    "Tests of a model take class folders of videos too: the same endings as everywhere, and what is left out is counted"
+    class Clips:
+        num_classes,num_frames,pretrained_cfg = 2,4,None
+    for k in range(2):
+        (tmp/'classes'/f'c{k}').mkdir(parents=True)
+        for name in ('a.mp4','._a.mp4','.DS_Store','b.GIF','c.MOV'): (tmp/'classes'/f'c{k}'/name).write_bytes(b'x')
+    (tmp/'classes'/'__MACOSX').mkdir()
+    items,said = quiet(lambda: folder_items(tmp/'classes', Clips()))
+    assert [(Path(p).name, i) for p,i in items]==[('a.mp4',0),('c.MOV',0),('a.mp4',1),('c.MOV',1)]
+    assert len(said)==1 and ': 6 files are left out, being none of .3gp, .avi, .flv and such: 4 hidden, 2 .gif (as ' in said[0]
 
 AUG = dict(rand_aug='rand-m7-n4-mstd0.5-inc1', erase=.5)
 def test_R40_batches_depend_on_seed_and_list_alone(data):
