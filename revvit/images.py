@@ -18,6 +18,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_dataset, create_transform
+from timm.data.auto_augment import RandAugment, posterize
 from fastai.vision.all import (Categorize, DataLoaders, Datasets, IntToFloatTensor, Normalize, RandTransform, TensorImage, TensorImageBW,
     TfmdDL, Transform, affine_mat, default_device, rotate_mat, zoom_mat)
 from sklearn.datasets import load_digits
@@ -418,6 +419,14 @@ def image_files(
 # %% ../nbs/07_images.ipynb #139cde24
 rand_augs = dict(rev_vit_s='rand-m7-mstd0.5-inc1', rev_vit_b='rand-m6-n5-mstd0.5-inc1', rev_mvit_b='rand-m9-n6-mstd0.5-inc1', rev_mvit_b_16x4='rand-m7-n4-mstd0.5-inc1')
 
+def _posterize(image, bits, **kwargs): return posterize(image, bits, **kwargs) if bits else Image.new(image.mode, image.size)
+
+def _allow_zero_bits(rand_augment):
+    "timm's RandAugment, posterizing down to no bits at all, as with the Pillow of its time"
+    for o in rand_augment.ops:
+        if o.aug_fn is posterize: o.aug_fn = _posterize
+    return rand_augment
+
 def train_tfm(
     cfg:dict, # Image settings as `ImageTransform` takes them
     rand_aug:str|None=None, # RandAugment in timm's words, as in `rand_augs`; None for none
@@ -427,8 +436,11 @@ def train_tfm(
     hflip:float=.5, # Share of images that are mirrored
 ): # timm's transform: Pillow image to normalised tensor (C, H, W)
     "Crop, flip, RandAugment, normalise, erase"
-    return create_transform(tuple(cfg['input_size'])[1:], is_training=True, scale=scale, ratio=(3/4,4/3), hflip=hflip, color_jitter=color_jitter, auto_augment=rand_aug,
+    tfm = create_transform(tuple(cfg['input_size'])[1:], is_training=True, scale=scale, ratio=(3/4,4/3), hflip=hflip, color_jitter=color_jitter, auto_augment=rand_aug,
         interpolation=cfg['interpolation'], mean=cfg['mean'], std=cfg['std'], re_prob=erase, re_mode='pixel', re_count=1)
+    for o in tfm.transforms:
+        if isinstance(o, RandAugment): _allow_zero_bits(o)
+    return tfm
 
 # %% ../nbs/07_images.ipynb #36841483
 class _Read(Transform):

@@ -92,7 +92,7 @@ recipes = dict(digits=Recipe('digits', 'revvit_tiny_patch16_224', dict(patch_siz
 
 # %% ../nbs/09_training.ipynb #7e17d079
 imagenet_cfg = dict(input_size=(3,224,224), mean=(.485,.456,.406), std=(.229,.224,.225), interpolation='bicubic', crop_pct=.875)
-kinetics_cfg = dict(input_size=(3,16,224,224), mean=(.45,.45,.45), std=(.225,.225,.225), interpolation='bicubic', crop_pct=.875, frame_stride=4, frame_rate=30)
+kinetics_cfg = dict(input_size=(3,16,224,224), mean=(.45,.45,.45), std=(.225,.225,.225), interpolation='bilinear', crop_pct=.875, frame_stride=4, frame_rate=30)
 
 def _published(rand_aug, **kwargs):
     "A recipe with what the published ones share"

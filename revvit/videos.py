@@ -15,14 +15,13 @@ from fastcore.basics import patch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import str_to_pil_interp
 from torchvision.models.video import MViT_V1_B_Weights
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from fastai.data.core import get_show_batch_func
 from fastai.vision.all import Categorize, DataLoaders, Datasets, ItemTransform, TensorImageBase, Transform, default_device, get_grid, show_image
 from plum import dispatch
-from .images import EpochDL, UnreadableFile, _some, digits, file_faults, hold_out, leave_out, naming, video_suffixes
+from .images import EpochDL, UnreadableFile, _allow_zero_bits, _some, digits, file_faults, hold_out, leave_out, naming, video_suffixes
 
 # %% ../nbs/08_videos.ipynb #76bcf177
 def is_video(
@@ -291,9 +290,9 @@ class ClipAugment:
         ratio:tuple=(3/4,4/3), # Smallest and largest width of a crop, in heights
         hflip:float=.5, # Share of clips that are mirrored
     ):
-        self.cfg,self.rand_aug,how = _check_clip_cfg(cfg),rand_aug,cfg['interpolation']
+        self.cfg,self.rand_aug,how = _check_clip_cfg(cfg),rand_aug,F.InterpolationMode(cfg['interpolation'])
         self.jitter = v2.ColorJitter(*[color_jitter]*3) if color_jitter and not rand_aug else None
-        self.crop = v2.RandomResizedCrop(tuple(cfg['input_size'])[2:], scale, ratio, interpolation=F.InterpolationMode(how), antialias=True)
+        self.crop = v2.RandomResizedCrop(tuple(cfg['input_size'])[2:], scale, ratio, interpolation=how, antialias=True)
         self.flip,self.erase = v2.RandomHorizontalFlip(hflip),RandomErasing(erase, mode='pixel', device='cpu')
         if rand_aug: self._ops(100)   # a wrong word is found now
 
@@ -302,8 +301,8 @@ def _ops(self:ClipAugment,
     side:int, # Short side of the frames; shifts are up to 0.45 of it
 ):
     "timm's RandAugment for such frames"
-    how = str_to_pil_interp(self.cfg['interpolation'])
-    try: return rand_augment_transform(self.rand_aug, dict(translate_const=int(side*.45), interpolation=how))
+    hparams = dict(translate_const=int(side*.45), interpolation=Image.Resampling.BICUBIC)   # the publisher's, here alone
+    try: return _allow_zero_bits(rand_augment_transform(self.rand_aug, hparams))
     except (AssertionError, ValueError) as e: raise ValueError(f"rand_aug must be like 'rand-m7-n4-mstd0.5-inc1', got {self.rand_aug!r}") from e
 
 # %% ../nbs/08_videos.ipynb #6af8fbd9
