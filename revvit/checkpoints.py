@@ -7,13 +7,16 @@ __all__ = ['CheckpointError', 'read_checkpoint', 'input_settings', 'save_checkpo
            'load_model']
 
 # %% ../nbs/06_checkpoints.ipynb #ffccc9bc
-import hashlib, os, platform, re, warnings
+import hashlib, io, json, os, pickletools, platform, re, warnings, zipfile
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 import safetensors.torch, timm, torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from timm.data import resolve_data_config
 from . import mvit, vit
+from .device import out_of_memory
 from .mvit import RevMViT
 from .vit import RevViT, _grid_of, _unwrap
 
@@ -69,6 +72,52 @@ def _sealed(
     if _digest(f, size-64)!=end[len(_MARK):]: raise CheckpointError("its contents do not match its digest: it was damaged or changed")
     return True
 
+# %% ../nbs/06_checkpoints.ipynb #04970288
+def _check_zip(f, size):
+    "Refuse an archive that asks for more than its `size` in bytes"
+    with zipfile.ZipFile(f) as z: infos,start,end = z.infolist(),z.start_dir,size-22-len(z.comment)
+    f.seek(max(0, end-76))
+    tail = f.read(98)   # the 64-bit table's end, where to find that, and the table's end
+    wide = tail[-42:-38]==b'PK\6\7'
+    where = int.from_bytes(tail[-50:-42] if wide else tail[-6:-2], 'little')
+    if where!=start or wide and (tail[:4]!=b'PK\6\6' or int.from_bytes(tail[-34:-26], 'little')!=end-76):
+        raise CheckpointError("its table of contents is not where it should be")
+    if any(o.compress_type for o in infos): raise CheckpointError("its entries are compressed, which PyTorch never does")
+    if sum(o.file_size for o in infos)>size or len({o.filename.lower() for o in infos})<len(infos):
+        raise CheckpointError("its entries overlap, or are larger than the file")
+    with zipfile.ZipFile(f) as z:
+        for o in infos:
+            if o.filename.endswith('/data.pkl'): _check_pickle(io.BytesIO(z.read(o)))
+
+def _check_pickle(f):
+    "Refuse a pickle that makes memory out of nothing"
+    for op,name,_ in pickletools.genops(f):
+        name = str(name).split(' ')[-1] if op.name=='GLOBAL' else ''
+        if name=='bytearray' or name.endswith('Tensor'):
+            raise CheckpointError(f"it asks to call {name}, and reading weights never calls anything")
+
+def _check_old(f, size):
+    "Refuse a file in the format before zip that claims more than its `size` in bytes"
+    f.seek(0)
+    for _ in range(4): _check_pickle(f)   # mark, version, machine, content
+    f.seek(0)
+    with FakeTensorMode(): content = torch.load(f, map_location='cpu', weights_only=True)
+    _check_tensors(content, size, fake=True)
+
+def _check_tensors(content, size, fake=False):
+    "Refuse tensors that are far larger than the file, as views of few numbers can be"
+    todo,seen,stored,shown = [content],{},{},0
+    while todo:
+        o = todo.pop()
+        if id(o) in seen: continue
+        seen[id(o)] = o
+        if isinstance(o, dict): todo += o.values()
+        elif isinstance(o, (list,tuple,set)): todo += o
+        elif isinstance(o, torch.Tensor) and o.layout==torch.strided and (fake or not o.is_meta):
+            stored[o.untyped_storage()._cdata] = o.untyped_storage().nbytes()
+            shown += o.numel()*o.element_size()
+    if sum(stored.values())>size or shown>4*size: raise CheckpointError("its tensors are larger than the file")
+
 # %% ../nbs/06_checkpoints.ipynb #19f52a94
 def _weights_file(path):
     "The file that `path` means: itself, or the weights in a Hugging Face Hub folder"
@@ -77,24 +126,43 @@ def _weights_file(path):
 
 def _content(f, start):
     "What the open file `f` holds"
-    if start[8:9]==b'{': return safetensors.torch.load(f.read())
+    if start[8:9]==b'{': return safetensors.torch.load(f.read())   # its header accounts for each byte of the file
     # a damaged file can warn of anything inside torch.load; the sentence that follows is enough
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        return torch.load(f, map_location='cpu', weights_only=True)
+        size = os.fstat(f.fileno()).st_size
+        (_check_zip if start.startswith(b'PK\3\4') else _check_old)(f, size)
+        f.seek(0)
+        content = torch.load(f, map_location='cpu', weights_only=True)
+        _check_tensors(content, size)
+        return content
+
+def _check_local(path):
+    "Refuse an address, also one that became a path"
+    if m := re.match(r'(\w[\w+.-]+):/+(?=\w)', str(path)):
+        raise CheckpointError(f"cannot read {m[1]}://{str(path)[m.end():]}: addresses are not read, download the file first")
+
+def _check_file(path):
+    "Refuse what is no file that can be read at any place"
+    _check_local(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise CheckpointError(f"cannot read {path}: it is a pipe or a device, save what comes out of it as a file first")
 
 def read_checkpoint(
     path, # Published or own checkpoint, safetensors file, or folder of a Hugging Face Hub model
 )->dict: # What it holds: tensors, numbers, text, lists, dictionaries
     "Read a file without running anything in it"
     path = _weights_file(path)
+    _check_file(path)
     try:
         with open(path, 'rb') as f:
             start,sealed = f.read(64),_sealed(f)
             f.seek(0)
             # a damaged file can raise anything: every kind becomes one sentence
             try: content = _content(f, start)
-            except Exception as e: raise CheckpointError(_reason(start, e)) from e
+            except Exception as e:
+                if isinstance(e, CheckpointError) or out_of_memory(e): raise
+                raise CheckpointError(_reason(start, e)) from e
     except OSError as e: raise CheckpointError(f"cannot read {path}: {e.strerror or e}") from e
     except CheckpointError as e: raise CheckpointError(f"cannot read {path}: {e}") from e
     if not isinstance(content, dict): raise CheckpointError(f"cannot read {path}: it holds a {type(content).__name__}, not a dictionary of tensors")
@@ -238,12 +306,19 @@ def load_checkpoint(
     if any(o.is_meta for o in model.parameters()): raise ValueError("cannot fill a model on the meta device, where it has no numbers")
     return _fill(model, read_checkpoint(path), _weights_file(path), strict, new_head, new_size)
 
+def _checked(model, content, path, strict=True, new_head=False, new_size=False):
+    "Tensors of `content` by the model's names, and what of them fits"
+    tensors,grids = _translated(model, content, path, new_size)
+    report = _compare(path, tensors, model, new_head, None if new_size else grids)
+    if new_size and 'pos_embed' in report.loaded: report.grids = report.resampled = grids
+    if strict and report.problems():
+        raise CheckpointError(f"{path} does not fit this {type(model).__name__}: {report.problems()}{_advice(report, new_head)}")
+    return tensors,report
+
 def _fill(model, content, path, strict=True, new_head=False, new_size=False):
     "Fill `model` with `content`, which was read from `path`"
-    tensors,grids = _translated(model, content, path, new_size)
-    report,who = _compare(path, tensors, model, new_head, None if new_size else grids),type(model).__name__
-    if new_size and 'pos_embed' in report.loaded: report.grids = report.resampled = grids
-    if strict and report.problems(): raise CheckpointError(f"{path} does not fit this {who}: {report.problems()}{_advice(report, new_head)}")
+    tensors,report = _checked(model, content, path, strict, new_head, new_size)
+    who = type(model).__name__
     if report.share<.01: raise CheckpointError(f"{path} holds {report.share:.2%} of this {who}: nothing was loaded; {report.problems()}")
     odd = [f"{k} ({o.dtype}, {o.layout})" for k in report.loaded if not (o:=tensors[k]).is_floating_point() or o.layout!=torch.strided or o.is_meta]
     if odd: raise CheckpointError(f"cannot use {path}: expected dense tensors of floating-point numbers, found {', '.join(odd[:3])}")
@@ -264,13 +339,21 @@ def _stored_grid(
 # %% ../nbs/06_checkpoints.ipynb #c1df3644
 _kinds = dict(RevViT=RevViT, RevMViT=RevMViT)
 
-def _built(content, path, device='cpu'):
+def _check_depth(args, tensors, path):
+    "Refuse more blocks than the file has tensors: even without numbers they would take memory"
+    n,depth = len(tensors),args.get('depth', 0)
+    if depth>n: raise CheckpointError(f"{path} describes {depth} blocks, but holds {n} tensors")
+
+def _built(content, path, device=None):
     "The model that a file of ours describes, not filled"
     kind = _kinds.get(content['model'])
     if kind is None or content['version']>1: raise CheckpointError(f"{path} holds a {content['model']}, version {content['version']}: this revvit knows {', '.join(_kinds)}, version 1")
     try:
-        with torch.device(device): return kind(**content['model_args'])
-    except (TypeError, ValueError) as e: raise CheckpointError(f"cannot build the {content['model']} that {path} describes: {e}") from e
+        _check_depth(content['model_args'], content['state_dict'], path)
+        with torch.device(device) if device else nullcontext(): return kind(**content['model_args'])
+    except CheckpointError: raise
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as e:
+        raise CheckpointError(f"cannot build the {content['model']} that {path} describes: {str(e).partition(chr(10))[0]}") from e
 
 # %% ../nbs/06_checkpoints.ipynb #8e316377
 def _translated(model, content, path, new_size):
@@ -299,9 +382,12 @@ def load_model(
 )->nn.Module: # In evaluation mode; `pretrained_cfg` holds class names and input settings
     "Build and fill the model that a file of ours or a Hub folder describes"
     content,path = read_checkpoint(path),Path(path)
-    if path.is_dir(): model = _hub_model(path)
-    elif content.get('format')=='revvit': model = _own_model(content, path)
+    if path.is_dir(): build = _hub_model
+    elif content.get('format')=='revvit': build = _own_model
     else: raise CheckpointError(f"{path} was not written by save_checkpoint: build the model and use load_checkpoint")
+    with torch.device('meta'): empty = build(content, path)
+    _checked(empty, content, _weights_file(path))   # what the file does not fill gets no memory
+    model = build(content, path)
     _fill(model, content, _weights_file(path))
     return model.eval()
 
@@ -314,9 +400,13 @@ def _own_model(content, path):
     model._model_args = model.model_args   # where timm's save_for_hf looks for what to build
     return model
 
-def _hub_model(path):
+def _hub_model(content, path):
     "The model of a Hub folder, not filled"
-    try: model = timm.create_model(f'local-dir:{path}')
+    try:
+        cfg = json.loads((path/'config.json').read_text(encoding='utf8'))
+        _check_depth(cfg.get('model_args') or {}, content, path/'config.json')
+        model = timm.create_model(f'local-dir:{path}')
+    except CheckpointError: raise
     except Exception as e: raise CheckpointError(f"cannot build the model that {path/'config.json'} describes: {type(e).__name__}: {str(e).partition(chr(10))[0]}") from e
     if type(model).__name__ not in _kinds: raise CheckpointError(f"{path} holds a {type(model).__name__}: this revvit knows {', '.join(_kinds)}")
     return model

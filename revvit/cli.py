@@ -9,7 +9,7 @@ __all__ = ['command', 'revvit_train', 'revvit_predict', 'revvit_test']
 import argparse, inspect, io, itertools, os, platform, shlex, sys, time, warnings
 from dataclasses import asdict, replace
 from functools import wraps
-from json import dumps
+from json import dumps, loads
 from pathlib import Path
 from typing import get_args
 from fastcore.docments import docments
@@ -55,9 +55,9 @@ def command(func):
     return _run
 
 # %% ../nbs/11_cli.ipynb #f8012a07
-def _claim(out, name, resume=False):
-    "A folder for a run: a new one, or with `resume` one with a state in it, if there is"
-    if resume and (old := _resumable(out, name)): return old
+def _claim(out, name, resume=False, told=None):
+    "A folder for a run: a new one, or with `resume` that of the run to go on with, if there is"
+    if resume and (old := _resumable(out, name)): return _again(old, told or {})
     if out is not None:
         if out.is_dir() and any(out.iterdir()): raise ValueError(f"{out} is not empty{' and holds no state to go on from' if resume else ''}: choose another folder, or delete this one first")
         out.mkdir(parents=True, exist_ok=True)
@@ -68,11 +68,34 @@ def _claim(out, name, resume=False):
         except FileExistsError: continue
         return out
 
+def _known(folder):
+    "What config.json says; None if it cannot be read"
+    try: cfg = loads((folder/'config.json').read_text(encoding='utf8'))
+    except (OSError, ValueError): return None
+    return cfg if isinstance(cfg, dict) else None
+
+def _begun(folder):
+    "Was a run begun in `folder` that has no state because it was stopped before the first?"
+    names,log = {o.name for o in folder.iterdir() if not (o.name[0]=='.' and o.suffix=='.tmp')},folder/'history.csv'
+    if 'config.json' not in names or 'history.png' in names or log.exists() and log.read_bytes().count(b'\n')>2: return False
+    cfg = _known(folder)
+    return names<={'config.json','history.csv','checkpoint.pth'} if cfg is None else 'recipe' in cfg
+
+def _again(folder, told):
+    "Say how it stands with the run in `folder`, and refuse to begin another one there"
+    cfg,none = _known(folder),not any(folder.glob('state-*.pth'))
+    for k,v in loads(dumps(told)).items():
+        if none and cfg and cfg.get(k, v)!=v: raise ValueError(f"{folder} was begun by another command: its {k} is {cfg[k]!r}, here it is {v!r}")
+    if cfg is None: print(f"{folder/'config.json'} {'cannot be read' if (folder/'config.json').exists() else 'is missing'}: it is written anew")
+    if none: print(f"{folder}: stopped before its first state, so the run begins again")
+    return folder
+
+# %% ../nbs/11_cli.ipynb #3b00bad3
 def _resumable(out, name):
     "The folder to go on in; None if there is none"
-    states = [*(Path('runs').glob(f'{name}*/state-*.pth') if out is None else out.glob('state-*.pth'))]
-    states = [o for o in states if out is not None or o.parent.name==name or o.parent.name.removeprefix(f'{name}-').isdigit()]
-    return max(states, key=os.path.getmtime).parent if states else None
+    runs = [out] if out is not None else [o for o in Path('runs').glob(f'{name}*') if o.name==name or o.name.removeprefix(f'{name}-').isdigit()]
+    last = {o: [*o.glob('state-*.pth')] or [o/'config.json']*_begun(o) for o in runs if o.is_dir()}
+    return max((o for o in last if last[o]), key=lambda o: max(map(os.path.getmtime, last[o])), default=None)
 
 def _newest(name='checkpoint.pth'):
     "The checkpoint written last under `runs`"
@@ -90,12 +113,16 @@ def _write(path, data):
     except OSError as e: raise OSError(e.errno, e.strerror, str(path)) from e
     finally: new.unlink(missing_ok=True)
 
+def _settings(r):
+    "The recipe for `config.json`"
+    what = asdict(r)
+    what['kind of data'] = what.pop('data')   # `data` is where they are
+    return what
+
 def _config(r, learn, **kwargs):
     "What was decided, for the screen and for `config.json`"
     import torch, timm, fastai, revvit
-    what = asdict(r)
-    what['kind of data'] = what.pop('data')   # `data` is where they are
-    cfg = {**kwargs, **what, 'parameters': sum(o.numel() for o in learn.model.parameters()), 'device': str(torch.device(learn.dls.device)), 'threads': torch.get_num_threads(),
+    cfg = {**kwargs, **_settings(r), 'parameters': sum(o.numel() for o in learn.model.parameters()), 'device': str(torch.device(learn.dls.device)), 'threads': torch.get_num_threads(),
            'training items': len(learn.dls.train_ds), 'test items': len(learn.dls.valid_ds), 'versions': dict(revvit=revvit.__version__, torch=torch.__version__, timm=timm.__version__, fastai=fastai.__version__, python=platform.python_version())}
     return cfg
 
@@ -103,7 +130,8 @@ def _config(r, learn, **kwargs):
 def _fit(learn, epochs, ckpt):
     "Train; if stopped, say what is left. Returns the seconds it took"
     t = time.time()
-    def left(): return f"{ckpt} holds the model after epoch {len(learn.recorder.values)-1}, and the same command with --resume goes on" if ckpt.exists() else "no epoch was finished, so there is no checkpoint"
+    def on(): return f"the same command with --resume {'goes on' if any(ckpt.parent.glob('state-*.pth')) else 'begins again'}"
+    def left(): return f"{ckpt} holds the model after epoch {len(learn.recorder.values)-1}, and {on()}" if ckpt.exists() else f"no epoch was finished, so there is no checkpoint; {on()}"
     try: learn.fit(epochs)
     except KeyboardInterrupt:
         print()
@@ -132,7 +160,7 @@ def _test(out, r, data, workers, root):
     res = evaluate(m, eval_loader(m, data, workers=workers or 0, root=root))
     return f"top-1 {100*res['top1']:.2f} %, top-5 {100*res['top5']:.2f} % of {res['n']} held-out files" + (", 5 views each" if r.data!='images' else "")
 
-def _check_flags(recipe, workers, seed, threads, save_steps):
+def _check_flags(recipe, workers, seed, threads, save_steps, save_minutes):
     "Refuse what cannot be meant"
     from revvit.training import recipes
     if recipe not in recipes: raise ValueError(f"there is no recipe {recipe!r}; there is: {', '.join(recipes)}")
@@ -140,22 +168,23 @@ def _check_flags(recipe, workers, seed, threads, save_steps):
     if not 0<=seed<2**32: raise ValueError(f"seed must be from 0 to {2**32-1}, got {seed}")
     for k,v in dict(threads=threads, save_steps=save_steps).items():
         if v is not None and v<1: raise ValueError(f"{k} must be 1 or more, got {v}")
+    if save_minutes is not None and not 0<save_minutes<float('inf'): raise ValueError(f"save_minutes must be a number above 0, got {save_minutes}")
 
-def _own_data(r, data, workers, on_bad, root):
+def _own_data(r, data, workers, on_bad, root, allow_shared=False):
     "Where the data are, and keywords for their loader"
     if r.data=='digits':
         if data: raise ValueError("the recipe digits brings its own data: leave --data out")
         return None,dict(workers=workers or 0)
     if r.data!='moving_digits' and workers is None: workers = max(1, min(16, os.cpu_count()//int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
     if root and r.data!='clips': raise ValueError(f"--root is for lists of videos: leave it out for {r.data}")
-    return data,dict(workers=workers or 0, on_bad=on_bad, **({'root': str(root)} if root else {}))
+    return data,dict(workers=workers or 0, on_bad=on_bad, **({'root': str(root)} if root else {}), **({'allow_shared': True} if allow_shared else {}))
 
 # %% ../nbs/11_cli.ipynb #a2dc0731
-def _learner(r, data, seed, amp, weights, new_head, workers, on_bad, root):
+def _learner(r, data, seed, amp, weights, new_head, workers, on_bad, root, allow_shared=False):
     "The learner, and what its loaders were told"
     from revvit.checkpoints import load_checkpoint
     from revvit.training import learner, recipe_dls, recipe_model
-    data,kwargs = _own_data(r, data, workers, on_bad, root)
+    data,kwargs = _own_data(r, data, workers, on_bad, root, allow_shared)
     dls = recipe_dls(r, data, seed=seed, **kwargs)
     model = recipe_model(r, len(dls.vocab), seed)
     if weights: print(load_checkpoint(model, weights, new_head=new_head))
@@ -178,36 +207,40 @@ def revvit_train(
     new_head:bool=False, # Leave the classifier of --weights and begin with a new one, as other classes need
     average:float|None=None, # Measure and save a moving average of the weights with this decay per step, such as 0.9999; by default none
     on_bad:str='raise', # Files that cannot be read: raise ends the run with the first, skip leaves them out and counts them
+    allow_shared:bool=False, # Accept a file that is in the training and in the test data; by default that is an error
     root:Path|None=None, # Where relative paths in lists of videos start; by default the folder of the list
     resume:bool=False, # Go on with the run in --out, or with the last one of this recipe; with none to go on with, begin one
-    save_steps:int|None=None, # Save the state of the run every so many steps too; by default after each epoch
+    save_steps:int|None=None, # Save the state of the run every so many steps too, 1 for each; by default after each epoch
+    save_minutes:float|None=None, # Save the state of the run whenever so many minutes have passed since the last; by default after each epoch
 ):
     "Train a reversible vision transformer; without arguments, on handwritten digits that come with the package. Starts on several GPUs with torchrun --nproc_per_node N --no-python revvit_train ..."
     import torch
     from revvit.distributed import from_first, join_group, leave_group
     from revvit.training import recipes
-    _check_flags(recipe, workers, seed, threads, save_steps)
+    _check_flags(recipe, workers, seed, threads, save_steps, save_minutes)
     r = recipes[recipe].changed(epochs=epochs, batch_size=batch_size, lr=lr)
     if average is not None: r = replace(r, average=average)
     if threads or r.threads: torch.set_num_threads(threads or r.threads)
     world = join_group()
     try:
-        learn,kwargs = _learner(r, data, seed, amp, weights, new_head, workers, on_bad, root)
-        out = from_first(_claim, out, recipe, resume)
-        done = _train(learn, r, out, resume, save_steps, dict(recipe=recipe, data=str(data or ''), out=str(out), seed=seed, amp=amp, weights=str(weights or ''), new_head=new_head, resume=resume, save_steps=save_steps, processes=world, **kwargs))
+        learn,kwargs = _learner(r, data, seed, amp, weights, new_head, workers, on_bad, root, allow_shared)
+        told = dict(recipe=recipe, seed=seed, amp=amp, weights=str(weights or ''), new_head=new_head)
+        out = from_first(_claim, out, recipe, resume, {**_settings(r), **told})
+        done = _train(learn, r, out, resume, save_steps, save_minutes, dict(told, data=str(data or ''), out=str(out), resume=resume, save_steps=save_steps, save_minutes=save_minutes, processes=world, **kwargs))
     finally: leave_group()
     if done is not None: _finish(learn, r, out, data, done, kwargs['workers'], root)
 
 # %% ../nbs/11_cli.ipynb #250e6757
-def _train(learn, r, out, resume, save_steps, told):
+def _train(learn, r, out, resume, save_steps, save_minutes, told):
     "Train; the seconds it took, in the first process"
     from fastai.torch_core import rank_distrib
     from revvit.distributed import distribute
     from revvit.resume import keep_state
     from revvit.training import record_run
     record_run(learn, out, r.image_cfg)
-    distribute(keep_state(learn, out, resume, save_steps))
+    distribute(keep_state(learn, out, resume, save_steps, minutes=save_minutes))
     if not rank_distrib():
+        if t := learn.keep_state.pending: print(f"{out}: " + (f"all {r.epochs} epochs are done, nothing is left to train" if t['epoch']>=r.epochs else f"goes on in epoch {t['epoch']} after {t['step']} steps of it"))
         cfg = _config(r, learn, **told)
         for k,v in cfg.items(): print(f'{k:16} {v}')
         _write(out/'config.json', dumps(cfg, indent=1))

@@ -11,14 +11,13 @@ import math, pickle, sys
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 import timm, torch
-from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from timm.models import is_model_pretrained
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.models.video import MViT_V1_B_Weights
 from tqdm import tqdm
+from .images import _some, class_items, image_suffixes, is_hidden, video_suffixes
 from .checkpoints import _compare, _translated, input_settings, load_checkpoint, load_model, read_checkpoint
 from .mvit import RevMViT
 from .vit import RevViT
@@ -51,7 +50,7 @@ def _views(model, path, views):
     "What `model` sees of a file: (views, C, T, H, W), or an image as (1, C, H, W)"
     from revvit.videos import is_video
     if _is_clip(model):
-        if Path(path).suffix.lower() in Image.registered_extensions() and not is_video(path): raise ValueError(f"{path}: an image, but the model takes clips of {model.num_frames} frames")
+        if Path(path).suffix.lower() in image_suffixes: raise ValueError(f"{path}: an image, but the model takes clips of {model.num_frames} frames")
         return _transform(model, views)(path)
     if is_video(path): raise ValueError(f"{path}: a video, but the model takes images")
     return _transform(model, views)(path)[None]
@@ -247,14 +246,18 @@ def folder_items(
     model, # For its classes, and for whether it wants images or videos
 )->list: # (path, class index) of each file
     "Files in class folders"
-    from revvit.videos import is_video
     folder = Path(folder)
     if not folder.is_dir(): raise ValueError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
     if (folder/'val').is_dir(): folder = folder/'val'
-    classes = sorted(o.name for o in folder.iterdir() if o.is_dir() and not o.name.startswith('.'))
+    classes = sorted(o.name for o in folder.iterdir() if o.is_dir() and not is_hidden(o.name))
     if not classes: raise ValueError(f"{folder}: no class folders in it")
-    try: return make_dataset(folder, class_index(classes, model), **(dict(is_valid_file=is_video) if _is_clip(model) else dict(extensions=IMG_EXTENSIONS)))
-    except (ValueError, FileNotFoundError) as e: raise ValueError(f"{folder}: {e}") from e
+    try: index = class_index(classes, model)
+    except ValueError as e: raise ValueError(f"{folder}: {e}") from e
+    suffixes = video_suffixes if _is_clip(model) else image_suffixes
+    items = class_items(folder, index, suffixes)
+    if empty := sorted(set(index.values())-{i for _,i in items}):
+        raise ValueError(f"{folder}: no {'videos' if _is_clip(model) else 'images'} for the class {_some([k for k,v in index.items() if v in empty])} (files that end in {', '.join(suffixes)})")
+    return items
 
 # %% ../nbs/09b_inference.ipynb #0210a3a7
 class FileItems:

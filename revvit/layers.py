@@ -46,9 +46,10 @@ class PatchEmbed(TimmPatchEmbed):
         for s,p in zip(to_2tuple(img_size), to_2tuple(patch_size)):
             if p<1 or s<p or s%p: raise ValueError(f"img_size must be a multiple of patch_size: got {img_size} and {patch_size}")
         super().__init__(to_2tuple(img_size), to_2tuple(patch_size), in_chans, embed_dim, strict_img_size=False)
+        self.in_chans = in_chans   # `proj` may be wrapped later, in an adapter say, and no longer tell
 
     def forward(self, x):
-        check_images(x, self.proj.in_channels, self.patch_size)
+        check_images(x, self.in_chans, self.patch_size)
         return super().forward(x).contiguous() # B C H W -> B N D
 
 # %% ../nbs/03_layers.ipynb #6c0f2ea0
@@ -151,14 +152,14 @@ class OverlapPatchEmbed(nn.Module):
         super().__init__()
         if not len(img_size)==len(kernel)==len(stride): raise ValueError(f"size, patch kernel and patch stride must have as many numbers: got {img_size}, {kernel} and {stride}")
         if any(s<1 or n<s or n%s for n,s in zip(img_size, stride)): raise ValueError(f"the size must be a multiple of the patch stride: got {_by(img_size)} and {_by(stride)}")
-        self.img_size,self.patch_size = tuple(img_size[-2:]),tuple(stride)
+        self.img_size,self.patch_size,self.in_chans = tuple(img_size[-2:]),tuple(stride),in_chans
         self.grid_size = self.feat_size(img_size)
         self.proj = (nn.Conv2d if len(kernel)==2 else nn.Conv3d)(in_chans, embed_dim, kernel, stride, [k//2 for k in kernel])
 
     def feat_size(self, size): return tuple(n//s for n,s in zip(size, self.patch_size))
 
     def forward(self, x):
-        check_images(x, self.proj.in_channels, self.patch_size)
+        check_images(x, self.in_chans, self.patch_size)
         t = self.proj(x).movedim(1, -1).contiguous() # B D (T) H W -> B (T) H W D
         return t if t.ndim==5 else t[:,None]
 

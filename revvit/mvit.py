@@ -19,7 +19,7 @@ from timm.models._features import feature_take_indices
 from .core.replay import recompute
 from .engine import ReversibleBlock, ReversibleSequence
 from .layers import OverlapPatchEmbed, PooledFusion, PoolingAttention, PreNorm, StreamFusion, mlp_half
-from .vit import RevViT, _cfg, _grid_of, _init_linear, _join_qkv, _our_name, _tuples, _unwrap, drop_path_rates
+from .vit import RevViT, _arguments, _cfg, _grid_of, _init_layer, _join_qkv, _our_name, _tuples, _unwrap, drop_path_rates
 
 # %% ../nbs/05_mvit.ipynb #96d64f04
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class RevMViT(nn.Module):
         drop_whole:bool=False, # Drop path in stage transitions too, which zeroes all of a sample, as the publisher does
         chunk:int|None=None, # Images a block works on at a time; None lets the engine choose
     ):
-        args = {k:v for k,v in locals().items() if k not in ('self','__class__')}
+        args = _arguments(RevMViT, locals())
         super().__init__()
         size = MViTSize(**{k:args[k] for k in MViTSize.__dataclass_fields__})
         self.model_args,self.num_frames,self.in_chans,self.embed_dim = args,num_frames,in_chans,embed_dim
@@ -212,7 +212,7 @@ def init_weights(self:RevMViT):
     "Draw the starting weights"
     for n,p in self.named_parameters():
         if n.startswith('pos_embed'): trunc_normal_(p, std=.02)
-    self.apply(_init_linear)
+    self.apply(_init_layer)
 
 for _o in (RevViT.reset_classifier, RevViT.get_classifier, RevViT.forward_head, RevViT.set_grad_checkpointing, RevViT.no_weight_decay): setattr(RevMViT, _o.__name__, _o)
 

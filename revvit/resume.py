@@ -6,9 +6,10 @@
 __all__ = ['states', 'newest_state', 'KeepState', 'keep_state']
 
 # %% ../nbs/09c_resume.ipynb #3000056a
-import re
+import math, re
 from dataclasses import asdict
 from pathlib import Path
+from time import monotonic
 import torch
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -18,7 +19,7 @@ from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
 from .checkpoints import CheckpointError, read_checkpoint, save_checkpoint
 from .distributed import from_first
-from .training import _bare
+from .training import _bare, _scheduler, _searching
 
 # %% ../nbs/09c_resume.ipynb #55a8c100
 def _identity(learn):
@@ -34,10 +35,12 @@ def _history(learn):
     return dict(lrs=torch.tensor(r.lrs, dtype=torch.float64), losses=torch.stack([*map(_bare_tensor, r.losses)]) if r.losses else torch.zeros(0), iters=list(r.iters), values=[list(o) for o in r.values],
         count=r.smooth_loss.count, loss=_bare_tensor(r.smooth_loss.val), rows=list(learn.run_log.rows) if hasattr(learn, 'run_log') else [])
 
+def _rates(learn): return [L(_scheduler(learn).scheds['lr'](o/8))[-1] for o in range(8)]   # what tells one schedule from another
+
 def _progress(learn, epoch, step):
     "Everything but the weights"
     scaler,avg = getattr(learn, 'scaler', None),getattr(learn, 'weight_average', None)
-    return dict(run=_identity(learn), epoch=epoch, step=step, train_iter=learn.train_iter, pct_train=learn.pct_train, opt=learn.opt.opt.state_dict(), history=_history(learn),
+    return dict(run=_identity(learn), rates=_rates(learn), epoch=epoch, step=step, train_iter=learn.train_iter, pct_train=learn.pct_train, opt=learn.opt.opt.state_dict(), history=_history(learn),
         scaler=scaler.state_dict() if scaler else None, average=avg.ema.module.state_dict() if avg else None)
 
 # %% ../nbs/09c_resume.ipynb #6b105e97
@@ -65,7 +68,7 @@ def newest_state(
             continue
         if 'train_iter' in content.get('extra', {}): return dict(content, path=str(o))
         print(f"{o} is a checkpoint, but not the state of a run")
-    if found: raise CheckpointError(f"none of the {len(found)} states in {folder} can be read")
+    if found: raise CheckpointError(f"{folder}: none of its {len(found)} states can be read; begin again in another folder, or remove this one")
 
 # %% ../nbs/09c_resume.ipynb #bef911f6
 class KeepState(Callback):
@@ -75,16 +78,22 @@ class KeepState(Callback):
         folder:str|Path, # Where to
         every:int|None=None, # Steps between states within an epoch; None for none
         keep:int=2, # States to keep
-    ): self.folder,self.every,self.keep,self.pending,self.trained = Path(folder),every,keep,None,False
-    def before_train(self): self.trained,self.step = True,self._begin()
+        minutes:float|None=None, # Time between states within an epoch; None for none
+    ): self.folder,self.every,self.keep,self.minutes,self.pending,self.trained = Path(folder),every,keep,minutes,None,False
+    def before_train(self): self.trained,self.step,self.since = not _searching(self.learn),self._begin(),monotonic()
     def after_batch(self):
         self.step += 1
-        if self.every and self.step%self.every==0 and self.step<len(self.dls.train): self.save(self.epoch, self.step)
+        if self.trained and self.step<len(self.dls.train) and self._due(): self.save(self.epoch, self.step)
+    def _due(self):
+        "Is it time for a state? Only the process that writes looks at its clock"
+        if self.every and self.step%self.every==0: return True
+        return self.minutes is not None and not rank_distrib() and monotonic()-self.since>=60*self.minutes
     def save(self, epoch, step):
         if rank_distrib(): return
         avg,like = getattr(self.learn, 'weight_average', None),getattr(self.learn, 'save_checkpoint', None)
         save_checkpoint(_bare(avg.trained if avg else self.model), _file(self.folder, epoch, step), **(like.kwargs if like else {}), extra=_progress(self.learn, epoch, step))
         for o in states(self.folder)[self.keep:]: o.unlink(missing_ok=True)
+        self.since = monotonic()
 
 # %% ../nbs/09c_resume.ipynb #29e1921f
 def _restore(learn, content):
@@ -105,9 +114,13 @@ def _restore(learn, content):
 
 # %% ../nbs/09c_resume.ipynb #df38c49f
 @patch
+def _aside(self:KeepState): return self.learn.lock.locked() or _searching(self.learn)
+
+@patch
 def before_fit(self:KeepState):
-    if (t:=self.pending) is None or self.learn.lock.locked(): return
+    if (t:=self.pending) is None or self._aside(): return
     if self.n_epoch!=t['run']['epochs']: raise ValueError(f"the run was planned for {t['run']['epochs']} epochs and cannot go on with {self.n_epoch}: its learning rates would not fit")
+    if t['rates']!=(now:=_rates(self.learn)): raise ValueError(f"the run was planned for learning rates up to about {max(t['rates']):.1g} and cannot go on with others, up to {max(now):.1g}: fit as it was begun")
     r,h = self.recorder,t['history']
     self.learn.train_iter,self.learn.pct_train,self.learn.seed_run.start = t['train_iter'],t['pct_train'],t['step']
     r.lrs,r.losses,r.smooth_loss.count,r.smooth_loss.val = h['lrs'].tolist(),list(h['losses']),h['count'],h['loss']
@@ -116,18 +129,19 @@ def before_fit(self:KeepState):
 
 @patch
 def before_epoch(self:KeepState):
-    self.skipped = self.pending is not None and not self.learn.lock.locked() and self.epoch<self.pending['epoch']
+    self.skipped = self.pending is not None and not self._aside() and self.epoch<self.pending['epoch']
     if not self.skipped: return
     self.recorder.log = L([self.epoch, *self.pending['history']['values'][self.epoch]])
     raise CancelEpochException()
 
 @patch
 def after_fit(self:KeepState):
-    if not self.learn.lock.locked(): self.pending = None   # all epochs were done before
+    if not self._aside(): self.pending = None   # all epochs were done before
 
 @patch
 def _begin(self:KeepState):
     "The batch to begin this epoch with"
+    if _searching(self.learn): return 0
     t,self.pending = self.pending,None
     if t and t['step']: self.learn.pct_train = t['pct_train']
     return t['step'] if t else 0
@@ -145,11 +159,13 @@ def keep_state(
     resume:bool|str|Path=False, # Go on from the newest state in `folder`, or from the beginning if there is none; or from this state file
     every:int|None=None, # Steps between states within an epoch; None writes one after each epoch
     keep:int=2, # States to keep
+    minutes:float|None=None, # Time between states within an epoch, above 0; both may be given
 )->Learner: # Train it with `learn.fit(recipe.epochs)`, as if nothing had happened
     "Write states while training, and go on where a run was stopped"
     if every is not None and every<1: raise ValueError(f"every must be at least 1 step, got {every}")
+    if minutes is not None and not 0<minutes<math.inf: raise ValueError(f"minutes must be a number above 0, got {minutes}")
     folder = Path(learn.path if folder is None else folder)
-    learn.add_cb(KeepState(folder, every, keep))
+    learn.add_cb(KeepState(folder, every, keep, minutes))
     if resume:
         content = from_first(newest_state, folder if resume is True else resume)
         if content is not None: _restore(learn, content)

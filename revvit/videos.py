@@ -15,23 +15,20 @@ from fastcore.basics import patch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import str_to_pil_interp
 from torchvision.models.video import MViT_V1_B_Weights
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from fastai.data.core import get_show_batch_func
 from fastai.vision.all import Categorize, DataLoaders, Datasets, ItemTransform, TensorImageBase, Transform, default_device, get_grid, show_image
 from plum import dispatch
-from .images import EpochDL, UnreadableFile, _some, digits, hold_out, naming
+from .images import EpochDL, UnreadableFile, _allow_zero_bits, _some, digits, file_faults, hold_out, leave_out, naming, video_suffixes
 
 # %% ../nbs/08_videos.ipynb #76bcf177
-_SUFFIXES = frozenset('.3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv'.split())
-
 def is_video(
     path:str|Path, # Any file name
 )->bool:
     "Does the name end like that of a video file?"
-    return Path(path).suffix.lower() in _SUFFIXES
+    return Path(path).suffix.lower() in video_suffixes
 
 # %% ../nbs/08_videos.ipynb #59ba35dc
 def _open(
@@ -62,16 +59,19 @@ def _unreadable(path, error):
 def _scan(
     c, # Open container, read to its end
     s, # Its video stream
+    since:float=-math.inf, # Frames before this stamp are not shown
 )->tuple: # Video frames, stamps of the first and of the end, and seconds that the header promises beyond the last packet
     "Where a video begins and ends, from its packets"
-    n,first,end,last = 0,math.inf,-math.inf,-math.inf
+    shown,last = [],-math.inf
     for p in c.demux():
         t = p.dts if p.pts is None else p.pts
         if t is None or p.is_discard: continue
         last = max(last, float((t+(p.duration or 0))*p.time_base))
-        if p.stream_index==s.index: n,first,end = n+1,min(first, t),max(end, t+(p.duration or 0))
+        if p.stream_index==s.index and t>=since: shown.append((p.dts if c.format.name=='avi' else t, p.duration or 0))   # AVI numbers frames in the order of decoding
+    n,(first,_),(top,lasts) = len(shown),min(shown, default=(math.inf,0)),max(shown, default=(-math.inf,0))
+    if n>1 and not lasts: lasts = (top-first)/(n-1)   # FLV does not say how long a frame is shown
     promised = last if c.duration is None else (c.duration+(c.start_time or 0))/av.time_base
-    return n,first,end,promised-last
+    return n,first,top+lasts,promised-last
 
 # %% ../nbs/08_videos.ipynb #8e7e27e2
 class Video:
@@ -82,33 +82,52 @@ class Video:
         self.path = Path(path)
         self._begin()
         try: self._measure()
-        except BaseException: self.close(); raise
+        except BaseException as e:
+            self.close()
+            raise self._damaged(e) if isinstance(e, av.FFmpegError) else e
     def _begin(self):
         self.container,self.stream = _open(self.path)
         self.stream.codec_context.thread_count = 1   # more threads would only compete with a loader's other workers
     def close(self): self.container.close()
     def __enter__(self): return self
     def __exit__(self, *args): self.close()
-    def _slot(self, stamp): return round((stamp-self.first)*self.scale)
+    def _slot(self, stamp): return math.floor((stamp-self.first)*self.scale+.5)   # `round` would put two halves on one even number
+    def _damaged(self, e): return UnreadableFile(f"{self.path}: the video cannot be decoded, it is damaged ({e.strerror})")
 
-# %% ../nbs/08_videos.ipynb #496d39ce
+# %% ../nbs/08_videos.ipynb #ddf616d1
+@patch
+def _span(self:Video,
+    first:int|None, # Stamp of the first frame that is shown, if known
+)->tuple: # Frames, stamps of the first and of the end, is the file's end gone?
+    "Where the video begins and ends"
+    c,s = self.container,self.stream
+    if 'mp4' in c.format.name and s.frames and (shown := [o for o in s.index_entries if not o.is_discard]):
+        c.seek(shown[-1].timestamp, stream=s)
+        final,(_,start,end,_) = s.index_entries[-1],_scan(c, s)
+        return len(shown),start if first is None else first,end,final.pos+final.size>self.path.stat().st_size
+    self.close(); self._begin()   # some containers cannot be wound back to their start
+    n,start,end,short = _scan(self.container, self.stream, -math.inf if first is None else first)
+    return n,start,end,short>.25
+
+# %% ../nbs/08_videos.ipynb #5340f332
 @patch
 def _measure(self:Video):
     "Find the frame rate, the first time stamp and the number of frames; refuse what has lost its end"
-    c,s = self.container,self.stream
-    if 'mp4' in c.format.name and s.frames and s.duration and len(s.index_entries):
-        n,self.first,length = s.frames,s.start_time or 0,s.duration
-        final = s.index_entries[-1]
-        cut = final.pos+final.size>self.path.stat().st_size
-    else:
-        n,self.first,end,short = _scan(c, s)
-        length,cut = end-self.first,short>.25 or n<s.frames
+    frame = next(self.container.decode(self.stream), None)
+    n,self.first,end,cut = self._span(frame and frame.pts)
+    c,s,ticks = self.container,self.stream,1
+    avi = c.format.name=='avi'
+    if avi and n>1:
+        ticks = max(1, round((end-self.first)/n))
+        end += ticks-1   # the last packet is said to last one
+        cut = cut or s.duration and s.duration>=end-self.first+ticks
     if cut: raise UnreadableFile(f"{self.path}: the video is truncated, the file ends before its last frame")
+    if frame is None: n = 0
     if n<2: raise UnreadableFile(f"{self.path}: a video of {n} frame{'s'*(n!=1)}, at least 2 are needed")
-    self.rate = float(s.average_rate or s.guessed_rate or n/(length*s.time_base))   # frames a second
-    self.scale = self.rate*float(s.time_base)                                        # frames a stamp
-    self.counted = c.format.name=='avi' and s.codec_context.has_b_frames   # AVI stamps such frames in the wrong order
-    self.frames = n if self.counted else max(2, round(length*self.scale))
+    self.rate = float(s.average_rate or s.guessed_rate or n/((end-self.first)*s.time_base))/ticks   # frames a second
+    self.scale = self.rate*float(s.time_base)                                                        # frames a stamp
+    self.counted = avi and (s.codec_context.has_b_frames or frame.pts!=frame.dts)
+    self.frames = n if self.counted else max(2, self._slot(end))
 
 # %% ../nbs/08_videos.ipynb #f23b6bad
 @patch
@@ -122,7 +141,7 @@ def _from(self:Video,
         for n,frame in enumerate(self.container.decode(self.stream)):
             if frame.pts is None and not self.counted: raise UnreadableFile(f"{self.path}: the frames have no time stamps")
             yield n if self.counted else self._slot(frame.pts),frame
-    except av.FFmpegError as e: raise UnreadableFile(f"{self.path}: the video cannot be decoded, it is damaged ({e.strerror})") from e
+    except av.FFmpegError as e: raise self._damaged(e) from e
 
 # %% ../nbs/08_videos.ipynb #e637e10a
 def _rgb(
@@ -271,9 +290,9 @@ class ClipAugment:
         ratio:tuple=(3/4,4/3), # Smallest and largest width of a crop, in heights
         hflip:float=.5, # Share of clips that are mirrored
     ):
-        self.cfg,self.rand_aug,how = _check_clip_cfg(cfg),rand_aug,cfg['interpolation']
+        self.cfg,self.rand_aug,how = _check_clip_cfg(cfg),rand_aug,F.InterpolationMode(cfg['interpolation'])
         self.jitter = v2.ColorJitter(*[color_jitter]*3) if color_jitter and not rand_aug else None
-        self.crop = v2.RandomResizedCrop(tuple(cfg['input_size'])[2:], scale, ratio, interpolation=F.InterpolationMode(how), antialias=True)
+        self.crop = v2.RandomResizedCrop(tuple(cfg['input_size'])[2:], scale, ratio, interpolation=how, antialias=True)
         self.flip,self.erase = v2.RandomHorizontalFlip(hflip),RandomErasing(erase, mode='pixel', device='cpu')
         if rand_aug: self._ops(100)   # a wrong word is found now
 
@@ -282,8 +301,8 @@ def _ops(self:ClipAugment,
     side:int, # Short side of the frames; shifts are up to 0.45 of it
 ):
     "timm's RandAugment for such frames"
-    how = str_to_pil_interp(self.cfg['interpolation'])
-    try: return rand_augment_transform(self.rand_aug, dict(translate_const=int(side*.45), interpolation=how))
+    hparams = dict(translate_const=int(side*.45), interpolation=Image.Resampling.BICUBIC)   # the publisher's, here alone
+    try: return _allow_zero_bits(rand_augment_transform(self.rand_aug, hparams))
     except (AssertionError, ValueError) as e: raise ValueError(f"rand_aug must be like 'rand-m7-n4-mstd0.5-inc1', got {self.rand_aug!r}") from e
 
 # %% ../nbs/08_videos.ipynb #6af8fbd9
@@ -367,16 +386,6 @@ def clip_classes(
     return names
 
 # %% ../nbs/08_videos.ipynb #96bc746d
-def _faults(
-    paths, # Files
-)->dict: # Sentence for each that cannot be a video
-    "Files that are missing or empty"
-    def fault(o):
-        try: return None if os.stat(o).st_size else f"{o}: the video file is empty (0 bytes)"
-        except OSError as e: return f"{o}: {'no such video file' if isinstance(e, FileNotFoundError) else e.strerror}"
-    return {o:said for o in paths if (said := fault(o))}
-
-# %% ../nbs/08_videos.ipynb #f7a04c38
 def clip_files(
     path:str|Path, # Folder that holds the lists
     train:str='train.csv', # List of training videos
@@ -384,17 +393,17 @@ def clip_files(
     root:str|Path|None=None, # Where relative paths in the lists start; None for the folder of the list
     on_bad:str='raise', # Missing and empty files: 'raise', or 'skip' to leave them out with a warning
     check:bool=True, # Look at every file; False trusts the lists, for slow disks
+    allow_shared:bool=False, # A video that is in both lists is warned of; by default it is an error
 )->tuple: # Labels by path for training and held-out videos, and the class names
     "Read both lists of a data set, or say what is wrong with it"
     path = Path(path)
     lists,parts = [path/o for o in (train,valid)],[read_clip_list(path/o, root) for o in (train,valid)]
-    if both := sorted(set(parts[0])&set(parts[1])): raise ValueError(f"{lists[1]}: {_some(both)} is in {train!r} too")
+    both = sorted(set(parts[0])&set(parts[1]))
+    if both and not allow_shared: raise ValueError(f"{lists[1]}: {_some(both)} is in {train!r} too: allow it by allow_shared (--allow-shared) if that is meant")
+    if two := [o for o in both if parts[0][o]!=parts[1][o]]: raise ValueError(f"{lists[1]}: {_some(two)} has another label in {train!r}")
     vocab = clip_classes(path, max(max(o.values()) for o in parts)+1)
-    faults = _faults([o for p in parts for o in p]) if check else {}
-    if faults:
-        said = list(faults.values())
-        if on_bad=='raise': raise UnreadableFile(said[0] + (f" (and {len(said)-1} more such files)" if said[1:] else ''))
-        warnings.warn(f"{len(said)} unreadable files are left out: {'; '.join(said[:3])}{'; ...' if said[3:] else ''}")
+    faults = file_faults(*map(list, parts), 'video', allow_shared) if check else {}
+    leave_out(faults, on_bad)
     parts = [{k:v for k,v in o.items() if k not in faults} for o in parts]
     for l,o in zip(lists, parts):
         seen = set(o.values())
@@ -457,6 +466,7 @@ def clip_dls(
     views:int=1, # Clips of each held-out video
     on_bad:str='raise', # Files that cannot be read: 'raise', or 'skip' to leave them out and count them
     check:bool=True, # Look at every file before the first epoch
+    allow_shared:bool=False, # A video that is in both lists is warned of; by default it is an error
     train:str='train.csv', # List of training videos
     valid:str='val.csv', # List of held-out videos
     root:str|Path|None=None, # Where relative paths in the lists start; None for the folder of the list
@@ -468,7 +478,7 @@ def clip_dls(
     if aug and tfm: raise ValueError("aug describes this project's augmentation, tfm replaces it: give one of the two")
     if repeats<1: raise ValueError(f"repeats must be at least 1, got {repeats}")
     path,device = Path(path).expanduser(),torch.device(default_device() if device is None else device)
-    files,held,vocab = clip_files(path, train, valid, root, on_bad, check)
+    files,held,vocab = clip_files(path, train, valid, root, on_bad, check, allow_shared)
     if not 1<=bs<=len(files)//world: raise ValueError(f"the batch size must be from 1 to the {len(files)//world} training videos of a process, got {bs}")
     readers = [_Read(TrainClips(cfg, tfm or ClipAugment(cfg, **(aug or {})), repeats), 0), _Read(_Views(cfg, views), 1)]
     n,dsets = len(files),Datasets([*files, *held], [readers, [_Label(files|held, vocab), Categorize(vocab=vocab, sort=False)]], splits=(range(len(files)), range(len(files), len(files)+len(held))))

@@ -7,7 +7,7 @@ __all__ = ['vit_sizes', 'ViTSize', 'drop_path_rates', 'vit_block', 'RevViT', 'ch
            'revvit_small_patch16_224', 'revvit_base_patch16_224', 'revvit_large_patch16_224']
 
 # %% ../nbs/04_vit.ipynb #f485d754
-import math, re
+import inspect, math, re
 from dataclasses import asdict, dataclass
 import torch
 from torch import nn
@@ -57,6 +57,10 @@ def vit_block(
 # %% ../nbs/04_vit.ipynb #f93bebdf
 register_notrace_module(ReversibleSequence)
 
+def _arguments(cls, names):
+    "The arguments of a constructor, among all that its `locals()` hold; a debugger adds names of its own there at any time"
+    return {k: names[k] for k in inspect.signature(cls).parameters}
+
 class RevViT(nn.Module):
     "Reversible vision transformer: images (B, C, H, W) to logits (B, num_classes)"
     _traits = dict(fixed_input_size=True)   # tells timm that a saved model is one for the size it was built for
@@ -78,7 +82,7 @@ class RevViT(nn.Module):
         shared_drop_path:bool=False, # One drop path mask for both halves of a block, as the publisher does
         chunk:int|None=None, # Images a block works on at a time; None lets the engine choose
     ):
-        args = {k:v for k,v in locals().items() if k not in ('self','__class__')}
+        args = _arguments(RevViT, locals())
         super().__init__()
         ViTSize(embed_dim, num_heads, depth)
         self.model_args,self.in_chans,self.embed_dim,self.num_features,self.head_hidden_size = args,in_chans,embed_dim,2*embed_dim,2*embed_dim
@@ -91,17 +95,18 @@ class RevViT(nn.Module):
         self.init_weights()
 
 # %% ../nbs/04_vit.ipynb #8dcd68a0
-def _init_linear(m):
-    "Start of a linear layer"
-    if not isinstance(m, nn.Linear): return
-    trunc_normal_(m.weight, std=.02)
-    if m.bias is not None: nn.init.zeros_(m.bias)
+def _init_layer(m):
+    "Starting weights of one layer, by the publisher's rule"
+    if isinstance(m, (nn.Conv2d,nn.Conv3d)): m.reset_parameters()   # for the bias, which stays as PyTorch starts it
+    if isinstance(m, (nn.Linear,nn.Conv2d,nn.Conv3d)): trunc_normal_(m.weight, std=.02)
+    if isinstance(m, nn.LayerNorm): nn.init.ones_(m.weight)
+    if isinstance(m, (nn.Linear,nn.LayerNorm)) and m.bias is not None: nn.init.constant_(m.bias, .02)
 
 @patch
 def init_weights(self:RevViT):
     "Draw the starting weights"
     trunc_normal_(self.pos_embed, std=.02)
-    self.apply(_init_linear)
+    self.apply(_init_layer)
 
 # %% ../nbs/04_vit.ipynb #c06cc6df
 @patch
@@ -119,7 +124,7 @@ def reset_classifier(self:RevViT,
     if cfg: self.pretrained_cfg = {k:v for k,v in cfg.items() if k not in ('label_names','label_descriptions')}
     p = self.pos_embed
     self.head = nn.Linear(self.num_features, num_classes, device=p.device, dtype=p.dtype) if num_classes else nn.Identity()
-    _init_linear(self.head)
+    _init_layer(self.head)
 
 @patch
 def get_classifier(self:RevViT): return self.head

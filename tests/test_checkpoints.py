@@ -2,7 +2,7 @@
 
 Three families (Rev-ViT, Rev-MViT for images and for clips), every kind of file (the publishers', ours, a bare state dict, safetensors, Hugging Face Hub folders), and every reader
 (ours, and timm's with our models: a file in the configuration, an address, a folder)."""
-import collections, functools, io, json, os, pickle, random, resource, runpy, shutil, signal, subprocess, time
+import collections, functools, io, json, os, pickle, random, resource, runpy, shutil, signal, subprocess, time, zipfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,8 @@ import timm
 import torch
 import revvit
 from timm.models import save_for_hf
-from revvit.checkpoints import CheckpointError, _seal, input_settings, load_checkpoint, load_model, read_checkpoint, save_checkpoint
+from revvit.checkpoints import CheckpointError, _seal, _write, input_settings, load_checkpoint, load_model, read_checkpoint, save_checkpoint
+from revvit.inference import get_model
 from revvit.mvit import RevMViT
 from revvit.vit import RevViT
 
@@ -191,6 +192,145 @@ def test_R29_tensors_that_are_no_weights(tmp_path, family):
         with pytest.raises(CheckpointError, match=name) as error: load_checkpoint(m, tmp_path/'odd.pth')
         one_sentence(error, tmp_path/'odd.pth')
         assert same(m, old)
+
+# R29: files that ask for more memory than they are large
+
+def limited(check, mb=160):
+    "Run `check` in a process that may take `mb` more memory than this one has; what it raised, in words"
+    r,w = os.pipe()
+    if not (pid := os.fork()):
+        said = ''
+        try:
+            now = int(Path('/proc/self/statm').read_text().split()[0])*resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (now+mb*2**20,)*2)
+            check()
+        except BaseException as e: said = f'{type(e).__name__}: {e}'
+        os.write(w, said.encode()[:60000])
+        os._exit(0)
+    os.close(w)
+    with open(r, 'rb') as f: said = f.read().decode()
+    os.waitpid(pid, 0)
+    return said
+
+def rezipped(raw, method, copies=1):
+    "The entries of an archive in a new one"
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(raw)) as a, zipfile.ZipFile(out, 'w', method, compresslevel=1) as b:
+        for name in a.namelist()*copies: b.writestr(name, a.read(name))
+    return out.getvalue()
+
+def saved(content, old=False):
+    f = io.BytesIO()
+    torch.save(content, f, _use_new_zipfile_serialization=not old)
+    return f.getvalue()
+
+def sealed(raw):
+    f = io.BytesIO(raw)
+    _seal(f)
+    return f.getvalue()
+
+def layouts(tensors):
+    "The same tensors as each kind of file has them"
+    own = dict(format='revvit', version=1, architecture=None, model='RevViT', model_args={}, class_names=None, input_settings={}, extra={})
+    yield from dict(bare=tensors, official=dict(epoch=1, model_state=tensors), mmpretrain=dict(meta={}, state_dict=tensors), own=dict(own, state_dict=tensors), hub=tensors).items()
+
+class Made:
+    "Pickled as a call that PyTorch's own reader allows"
+    def __init__(self, fn, *args): self.fn,self.args = fn,args
+    def __reduce__(self): return self.fn,self.args
+
+def two_tables(raw):
+    "An archive whose 64-bit table of contents is not the one at the end"
+    end = raw.rindex(b'PK\5\6')
+    start = int.from_bytes(raw[end-28:end-20], 'little')
+    table = raw[start:end-76]
+    first = raw[end-76:end-20]   # the true one goes in front, and the locator still points at it
+    other = raw[:start]+table+first
+    fake = bytearray(first)
+    fake[48:56] = (len(other)).to_bytes(8, 'little')
+    return other+table+bytes(fake)+raw[end-20:end-12]+(end-76).to_bytes(8, 'little')+raw[end-4:end]+raw[end:]
+
+def bombs(tensors):
+    "Small files that ask for 256 MB or more: name, layout, bytes, and why they are refused"
+    huge = {**tensors, 'pos_embed': torch.zeros(2**26)}   # 256 MB that nothing touches
+    for layout,content in layouts(huge):
+        raw = rezipped(saved(content), zipfile.ZIP_DEFLATED)
+        yield f'compressed-{layout}',layout,sealed(raw) if layout=='own' else raw,'compressed'
+    raw = saved(huge)
+    yield 'bzip2','bare',rezipped(raw, zipfile.ZIP_BZIP2),'compressed'
+    for layout,content in layouts({**tensors, 'pos_embed': torch.zeros(1).expand(2**13, 2**13)}):
+        raw = saved(content)
+        yield f'view-{layout}',layout,sealed(raw) if layout=='own' else raw,'larger than the file'
+    yield 'view-old','bare',saved({'pos_embed': torch.zeros(1).expand(2**13, 2**13)}, old=True),'larger than the file'
+    for name,call in dict(bytearray=Made(bytearray, 2**28), tensor=Made(torch.Tensor, 2**26), floats=Made(torch.FloatTensor, 2**26)).items():
+        for old in (False,True): yield f'{name}-{old}','bare',saved({'a': call, **tensors}, old),'never calls anything'
+    raw = saved({'w': torch.zeros(7)}, old=True).replace(b'K\x07', b'J'+(2**27).to_bytes(4, 'little'))
+    yield 'claimed','bare',raw,'larger than the file'
+    raw = saved(dict(a=torch.ones(8)))
+    yield 'twice','bare',rezipped(raw, zipfile.ZIP_STORED, copies=2),'overlap'
+    yield 'two-tables','bare',two_tables(raw),'table of contents'
+    head = json.dumps({'w': dict(dtype='F32', shape=[2**26], data_offsets=[0, 2**28])}).encode()
+    yield 'safetensors','bare',len(head).to_bytes(8, 'little')+head,'damaged or incomplete safetensors'
+    yield 'header','bare',(2**28).to_bytes(8, 'little')+b'{"a":1}','damaged or incomplete safetensors'
+
+@pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='needs /proc')
+@pytest.mark.filterwarnings('ignore')
+def test_R29_no_file_asks_for_more_than_it_is_large(files, tmp_path):
+    "Every reader refuses each in one sentence, in a process that could not pay; the model is unchanged"
+    m,hub = build('vit'),tmp_path/'hub'
+    old = snapshot(m)
+    shutil.copytree(files/'vit/hub', hub)
+    readers = [read_checkpoint, load_model, lambda p: get_model(weights=p, device='cpu'), lambda p: get_model('revvit_tiny_patch16_224', p, 'cpu'),
+               lambda p: load_checkpoint(m, p), lambda p: load_checkpoint(m, p, strict=False), lambda p: load_checkpoint(m, p, new_head=True, new_size=True)]
+    for name,layout,raw,why in bombs({k:v for k,v in list(old.items())[1:4]}):
+        path = hub if layout=='hub' else tmp_path/f'{name}.pth'
+        weights = hub/'pytorch_model.bin' if layout=='hub' else path
+        weights.write_bytes(raw)
+        assert len(raw)<2**23, name
+        def check():
+            for read in readers:
+                with pytest.raises(CheckpointError, match=why) as error: read(path)
+                one_sentence(error, weights)
+            assert same(m, old)
+        assert limited(check)=='', name
+        weights.unlink()
+
+absurd = dict(depth=10**9, embed_dim=3*2**20, img_size=2**20, num_classes=2**31, mlp_ratio=1e8, in_chans=2**29, patch_size=(1,1), img_and_depth=dict(img_size=2**24, depth=2**40), text=dict(depth='many'), inf=dict(mlp_ratio=float('inf')))
+
+@pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='needs /proc')
+@pytest.mark.parametrize('changes', [o if isinstance(o, dict) else {k:o} for k,o in absurd.items()], ids=absurd)
+@both
+def test_R29_a_model_is_built_only_if_the_file_fills_it(files, tmp_path, family, changes):
+    "Our files and Hub folders that describe models far larger than their tensors, or none that can be: one sentence, before any memory"
+    path,hub = tmp_path/'own.pth',tmp_path/'hub'
+    content = read_checkpoint(files/family/'own')
+    _write(path, dict(content, model_args={**content['model_args'], **changes}))
+    shutil.copytree(files/family/'hub', hub)
+    config = json.loads((hub/'config.json').read_text())
+    (hub/'config.json').write_text(json.dumps(dict(config, model_args={**config['model_args'], **changes})))
+    def check():
+        for o in (path, hub):
+            for read in (load_model, lambda p: get_model(weights=p, device='cpu')):
+                with pytest.raises(CheckpointError) as error: read(o)
+                assert str(tmp_path) in str(error.value) and '\n' not in str(error.value), str(error.value)
+        if 'depth' in changes:
+            with pytest.raises(CheckpointError): load_checkpoint(build(family), path)
+    assert limited(check)==''
+
+@pytest.mark.parametrize('address', ['https://x.org/a/w.pth', 'http://x.org/w.pth', 's3://bucket/w.pth', 'https:/x.org/a/w.pth'])
+def test_R29_addresses_are_not_read(address):
+    "Also one that became a path, which loses a slash; the sentence shows it whole"
+    for read in (read_checkpoint, load_model, lambda p: load_checkpoint(build('vit'), p), lambda p: get_model(weights=p, device='cpu')):
+        for o in (address, Path(address)):
+            with pytest.raises(CheckpointError, match=f"{address.replace(':/x', '://x')}: addresses are not read, download the file first"): read(o)
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='needs named pipes')
+def test_R29_pipes_are_not_read(tmp_path):
+    "A named pipe, which nobody writes to, and a device: refused before anything waits"
+    os.mkfifo(tmp_path/'pipe')
+    for o in (tmp_path/'pipe', Path('/dev/zero')):
+        with pytest.raises(CheckpointError, match='a pipe or a device, save what comes out of it as a file first') as error: read_checkpoint(o)
+        one_sentence(error, o)
 
 # R30: one flipped bit
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest, torch
+import revvit.resume
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -90,21 +91,21 @@ class Poison(Callback):
     def before_batch(self):
         if self.training and self.train_iter==2 and dist.get_rank()==1: self.learn.xb = (self.xb[0]*float('nan'),)
 
-def fit(out, *cbs):
+def fit(out, *cbs, **when):
     world = dist.get_world_size()
     learn = learner(digits_dls(bs=256//world, device='cpu', rank=dist.get_rank(), world=world), small, out=out, seed=2)
-    distribute(keep_state(learn, resume=True, every=2))
+    distribute(keep_state(learn, resume=True, **(when or dict(every=2))))
     with learn.no_bar(), learn.no_logging(), learn.added_cbs(cbs):
         try: learn.fit(small.epochs)
         except KeyboardInterrupt: pass
     return learn
 
-def resumed(out):
+def resumed(out, **when):
     "Do a run in one piece and one in two end with the same bits, here and in the other process?"
     straight = fit(out/'straight')
-    fit(out/'broken', Stop())
+    fit(out/'broken', Stop(), **when)
     dist.barrier()
-    again = fit(out/'broken')
+    again = fit(out/'broken', **when)
     mine = [*straight.model.state_dict().values(), *again.model.state_dict().values()]
     box = [mine]
     dist.broadcast_object_list(box)
@@ -122,6 +123,8 @@ def main(what, out):
         if what == 'poison': return fit(out, Poison())
         found = {f'{test.__name__} {kind} {name}': e for kind in KINDS for test in (ddp, fsdp) for name,e in test(kind, alone(kind))}
         found['resume'] = resumed(out)
+        if dist.get_rank(): revvit.resume.monotonic = lambda: 0. # a clock that stands still; it is not looked at
+        found['minutes'] = resumed(out/'minutes', minutes=1e-5)
         if not dist.get_rank(): (out/'found.json').write_text(json.dumps(found))
     finally: leave_group()
 
@@ -165,10 +168,12 @@ def test_R20_fsdp_inside_a_block_is_refused_with_a_remedy(found, kind, wrap):
     said = found[f'fsdp {kind} {wrap}']
     assert isinstance(said, str) and 'set_reversible(False)' in said, said
 
-def test_R33_two_processes_stopped_and_resumed_end_with_the_same_bits(found):
-    assert found['resume']['same'] and found['resume']['log'] == 4
-    assert found['resume']['loss'][0] == found['resume']['loss'][1]
-    assert found['resume']['files'] == ['checkpoint.pth', 'history.csv', 'state-2-4.pth', 'state-3.pth'] # and no trace of the other process
+@pytest.mark.parametrize('when', ['resume', 'minutes'])
+def test_R33_two_processes_stopped_and_resumed_end_with_the_same_bits(found, when):
+    "States by steps, and by the first process's clock while the other's stands still"
+    assert found[when]['same'] and found[when]['log'] == 4
+    assert found[when]['loss'][0] == found[when]['loss'][1]
+    assert found[when]['files'] == ['checkpoint.pth', 'history.csv', 'state-2-4.pth', 'state-3.pth'] # and no trace of the other process
 
 def test_R26_a_nan_in_one_process_stops_all(tmp_path):
     "With its own sentence, a failing exit status, the states from before, and no process left"

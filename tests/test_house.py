@@ -23,6 +23,12 @@ def cells(path, kind):
 
 def test_version(): assert revvit.__version__ == settings['version']
 
+def test_workflow_covers_every_python():
+    "From the oldest one that may install the package to the newest that PyTorch is built for"
+    said = re.search(r"python: \[(.*?)\]", (root/'.github'/'workflows'/'test.yml').read_text(encoding='utf8'))[1]
+    minor = [int(o) for o in re.findall(r"'3\.(\d+)'", said)]
+    assert minor == list(range(int(settings['min_python'].split('.')[1]), 15)) and sys.version_info.minor in minor
+
 @pytest.mark.parametrize('script', settings['console_scripts'].split())
 def test_console_script(script):
     command,target = script.split('=')

@@ -1,5 +1,5 @@
 "What a notebook cannot show about images: JPEGs of many kinds through the whole loader, processes that die, and resuming, with 0, 1 and 2 workers"
-import copy as copying, gc, hashlib, io, json, multiprocessing, os, pickle, random, shutil, signal, subprocess, sys, time, unicodedata
+import copy as copying, gc, hashlib, io, json, multiprocessing, os, pickle, random, shutil, signal, subprocess, sys, time, unicodedata, warnings
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
+from revvit.inference import folder_items
 from revvit.images import EpochDL, ImageTransform, UnreadableFile, digits_dls, image_dls, image_files, open_image, rand_augs, shard_dls
 
 cfg = dict(input_size=(3,32,32), mean=(.485,.456,.406), std=(.229,.224,.225), interpolation='bicubic', crop_pct=.875)
@@ -137,12 +138,86 @@ def test_R38_found_before_the_first_epoch(copy):
     (copy/'train'/'N01440764').rmdir()
     (copy/'val'/'.hidden').mkdir(); loaders(copy)
     twin = copy/'val'/'n01440764'/'twin.jpg'
-    os.link(copy/'train'/'n01440764'/'00 RGB.JPEG', twin); assert refused(copy).endswith('are one and the same file')
-    twin.unlink(); twin.symlink_to(copy/'gone.jpg'); assert refused(copy) == f'val/n01440764/twin.jpg: No such file or directory'
+    os.link(copy/'train'/'n01440764'/'00 RGB.JPEG', twin); assert 'are one and the same file, in training and held out' in refused(copy)
+    twin.unlink(); twin.symlink_to(copy/'gone.jpg'); assert refused(copy) == f'val/n01440764/twin.jpg: no such image file'
     twin.unlink(); twin.write_bytes(b''); assert refused(copy) == f'val/n01440764/twin.jpg: the image file is empty (0 bytes)'
     assert len(loaders(copy, on_bad='skip').valid_ds) == 26
     shutil.rmtree(copy/'val'); assert refused(copy) == 'val: no such folder'
     shutil.rmtree(copy/'train'); (copy/'train').mkdir(); assert refused(copy) == 'train: holds no folders, one for each class is needed'
+
+def warned(call):
+    "The answer, and what was warned"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always', UserWarning)
+        return call(), [str(o.message) for o in said if o.category is UserWarning]
+
+@pytest.mark.parametrize('link', [os.symlink, os.link])
+def test_R38_links_within_a_part_are_counted(copy, link):
+    "Some images shown more often, by links of either kind: they train, and one warning has their number"
+    first = copy/'train'/'n01440764'/'00 RGB.JPEG'
+    for i in range(3): link(first, first.with_name(f'again {i}.jpg'))
+    dls,said = warned(lambda: loaders(copy))
+    assert len(dls.train_ds) == 29 and len(said) == 1 and said[0].endswith('are one and the same file (and 2 more such files)')
+
+@pytest.mark.parametrize('how', ['folder','symlink','hard link'])
+def test_R38_links_between_the_parts_are_refused_or_allowed(copy, how):
+    "A held-out image that is trained on too is an error, or a warning if asked for; also where `val` is a link to `train`"
+    held,n = copy/'val'/'n01440764',1
+    if how == 'folder':
+        shutil.rmtree(copy/'val'); (copy/'val').symlink_to(copy/'train'); n = 26
+    else: (os.symlink if how == 'symlink' else os.link)(copy/'train'/'n01440764'/'00 RGB.JPEG', held/'x.jpg')
+    more = f' (and {n-1} more such files)' if n > 1 else ''
+    assert refused(copy).endswith(f'are one and the same file{more}, in training and held out: allow it by allow_shared (--allow-shared) if that is meant')
+    dls,said = warned(lambda: loaders(copy, allow_shared=True))
+    assert len(dls.train_ds) == 26 and len(said) == 1 and said[0].endswith(f'are one and the same file{more}, in training and held out')
+    assert warned(lambda: loaders(copy, check=False))[1] == []
+
+def left_overs(folder):
+    "What systems leave behind among images"
+    for part in ('train','val'):
+        (folder/part/'__MACOSX').mkdir(); (folder/part/'.thumbs').mkdir()
+        for o in (folder/part, folder/part/'n01440764', folder/part/'__MACOSX', folder/part/'.thumbs'):
+            for name in ('._x.jpg','.DS_Store','Thumbs.db','desktop.ini'): (o/name).write_bytes(b'not an image')
+        (folder/part/'n01440764'/'__MACOSX').mkdir(); (folder/part/'n01440764'/'__MACOSX'/'y.jpg').write_bytes(b'not an image')
+
+def test_R38_left_overs_of_systems(copy):
+    "They neither stop a run nor are they trained on, and what is left out within the classes is counted by its ending, in one sentence for each part"
+    left_overs(copy)
+    (copy/'train'/'n01440764'/'raw.heic').touch(); (copy/'train'/'n01440764'/'LICENSE').touch()
+    (files,held,vocab),said = warned(lambda: image_files(copy))
+    assert (len(files), len(held), len(vocab)) == (26, 26, 2) and len(said) == 2
+    assert said[0].startswith(f"{copy/'train'}: 7 files are left out, being none of .jpg, .jpeg, .png and such: 3 hidden, ")
+    assert all(o in said[0] for o in ('1 .db','1 .ini','1 .heic','1 without an ending', f"(as {copy/'train'/'n01440764'}{os.sep}"))
+    assert said[1].startswith(f"{copy/'val'}: 5 files are left out, ")
+    plain(loaders(copy).train)
+    assert [p for p,_ in folder_items(copy, Known(2))] == held
+
+class Known:
+    "What the lists of a test ask of a model"
+    def __init__(self, num_classes): self.num_classes,self.pretrained_cfg = num_classes,None
+
+formats = {'gif':'GIF', 'avif':'AVIF', 'jp2':'JPEG2000', 'jfif':'JPEG', 'tga':'TGA', 'webp':'WEBP', 'bmp':'BMP', 'ppm':'PPM', 'apng':'PNG', 'GIF':'GIF'}
+
+@pytest.mark.parametrize('end', formats)
+def test_R35_what_is_predicted_is_trained_on(tmp_path, end):
+    "One list of endings: training, tests and prediction read the same files"
+    Image.init()
+    if formats[end] not in Image.SAVE: pytest.skip('this Pillow does not write it')
+    for part in ('train','val'):
+        for k in range(4):
+            (tmp_path/part/f'c{k%2}').mkdir(parents=True, exist_ok=True)
+            picture(k).save(tmp_path/part/f'c{k%2}'/f'{k}.{end}', formats[end])
+    dls,said = warned(lambda: loaders(tmp_path, bs=2))
+    x,y = map(torch.cat, zip(*plain(dls.valid)))
+    items = folder_items(tmp_path, Known(2))
+    assert not said and len(dls.train_ds) == 4 and y.tolist() == [i for _,i in items] == [0,0,1,1]
+    assert torch.equal(x, torch.stack([ImageTransform(cfg)(p) for p,_ in items]))
+
+@pytest.mark.parametrize('end', ['gif','png','webp'])
+def test_R35_moving_pictures_give_their_first_frame(tmp_path, end):
+    grey = [Image.new('L', (20,20), 60*i) for i in range(4)]
+    grey[1].save(tmp_path/f'a.{end}', save_all=True, append_images=grey[2:], **(dict(lossless=True) if end == 'webp' else {}))
+    assert np.unique(np.asarray(open_image(tmp_path/f'a.{end}'))).tolist() == [60]
 
 def test_R38_no_permission(copy, monkeypatch):
     "R38: a file that this user may not read (the system is asked, which tells root yes: so its answer is replaced)"

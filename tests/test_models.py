@@ -1,6 +1,6 @@
 """What timm asks of its own models (its tests/test_models.py) and what its users do with one, asked of every model that revvit registers (R27, R21, R22). The models are
 narrow, to be quick, but have the depth, the stages and the strides of the real ones; clips have their 16 frames."""
-import copy, pickle
+import copy, pickle, sys
 from itertools import pairwise
 
 import pytest, timm, torch
@@ -228,3 +228,55 @@ def test_R27_feature_extractor_by_fx(name):
     assert_close(net(x)['head'], m(x), rtol=1e-5, atol=1e-5)
     net(x)['head'].mean().backward()
     assert lacking(m)==[]
+
+# ---------------------------------------------------------------- wrapped by an adapter, built under a debugger
+
+class LowRank(nn.Module):
+    "A layer and a small addition, as LoRA makes it"
+    def __init__(self, layer):
+        super().__init__()
+        self.base,conv = layer.requires_grad_(False),type(layer)
+        self.down = conv(layer.in_channels, 2, layer.kernel_size, layer.stride, layer.padding, bias=False)
+        self.up = conv(2, layer.out_channels, 1)
+    def forward(self, x): return self.base(x) + self.up(self.down(x))
+
+wrappers = dict(sequential=nn.Sequential, low_rank=LowRank, parametrized=lambda o: nn.utils.parametrizations.weight_norm(o))
+
+@pytest.mark.parametrize('wrap', wrappers.values(), ids=wrappers.keys())
+@pytest.mark.parametrize('name', ['revvit_small_patch16_224', 'revmvit_base_224', 'revmvit_base_16x4_224'])
+def test_the_patch_embedding_can_be_wrapped(name, wrap):
+    "Still the right gradients, the same in both modes, and the number of channels is still checked"
+    few = dict(num_frames=4) if '16x4' in name else {}
+    m = narrow(name, **few, **(dict(depth=3) if 'revvit' in name else dict(depth=4, stage_starts=(1,2)))).double()
+    x = (some(name)[:,:,:4] if few else some(name)).double()
+    want = m(x)
+    m.patch_embed.proj = wrap(m.patch_embed.proj).double()
+    if wrap is not LowRank: assert_close(m(x), want, rtol=1e-10, atol=1e-10)
+    check_grads(m, x)
+    trained = [n for n,p in m.named_parameters() if p.requires_grad]
+    assert any('patch_embed' in n for n in trained)
+    m(x).mean().backward()
+    assert [n for n,p in m.named_parameters() if p.requires_grad and not p.grad.any()]==[]
+    with pytest.raises(ValueError, match='expected 3 channels, got 4'): copy.deepcopy(m)(torch.cat((x,x[:,:1]), 1))
+
+@pytest.mark.parametrize('writes', [False, True], ids=['reads','writes'])
+@every
+def test_a_model_can_be_built_under_a_debugger(name, writes):
+    "One that looks at local variables at every line, and one that keeps notes among them; the constructor's arguments are what they are"
+    notes,codes = [], {o.__init__.__code__ for o in (revvit.vit.RevViT, revvit.mvit.RevMViT)}
+    def look(frame, event, arg):
+        inside = frame.f_code in codes
+        if not inside and not (frame.f_back and frame.f_back.f_code in codes): return
+        for o in (frame, frame.f_back):
+            seen = o.f_locals
+            if writes and o.f_code in codes:
+                notes.append(f'note_{len(notes)}')
+                seen[notes[-1]] = 1
+        return look
+    kw = dict(num_classes=7, drop_path_rate=.1, embed_dim=24, num_heads=3)
+    want = timm.create_model(name, **kw).model_args
+    before = sys.gettrace()
+    sys.settrace(look)
+    try: got = timm.create_model(name, **kw).model_args
+    finally: sys.settrace(before)
+    assert got==want and not set(notes)&set(got) and bool(notes)==writes

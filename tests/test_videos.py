@@ -5,9 +5,11 @@ from fractions import Fraction
 from pathlib import Path
 
 import av, numpy as np, pytest, torch
+from av.bitstream import BitStreamFilterContext
 from PIL import Image
 from revvit import videos
 from revvit.images import UnreadableFile, digits
+from revvit.inference import folder_items
 from revvit.videos import ClipTransform, Video, clip_dls, clip_files, clip_indices, directions, is_video, moving_digits, moving_digits_dls, read_clip_list
 
 torch.set_num_threads(1)
@@ -112,6 +114,50 @@ def test_R36_edit_list_and_sound(tmp):
     with Video(tmp/'edited.mp4') as v: assert shown(v.read(range(v.frames)))==list(range(20, 60))
     for suffix in ('mp4','mkv','avi','ts'):
         with Video(write(tmp/f'sound.{suffix}', 30, sound=True, bf=0)) as v: assert shown(v.read(range(v.frames)))==list(range(30))
+
+def copied(src, path, begin=0., end=9., ticks=None):
+    "What `ffmpeg -ss begin -to end -c copy` makes: packets from the key frame before `begin` on, which is moment 0 of an mp4; `ticks` a frame as it writes them into AVI"
+    with av.open(str(src)) as i, av.open(str(path), 'w') as o:
+        s = i.streams.video[0]
+        packets = [p for p in i.demux(s) if p.dts is not None and p.dts*p.time_base<end]
+        start = max(k for k,p in enumerate(packets) if p.is_keyframe and p.pts*p.time_base<=begin)
+        t = o.add_stream_from_template(s)
+        if ticks: t.time_base = 1/(s.average_rate*ticks)
+        shift = round(begin/s.time_base) if path.suffix=='.mp4' else packets[start].dts
+        form = BitStreamFilterContext('h264_mp4toannexb' if path.suffix=='.avi' and s.codec.name=='h264' else 'null', s)
+        for p in packets[start:]:
+            p.pts -= shift; p.dts -= shift
+            for q in form.filter(p):
+                q.stream = t
+                o.mux(q)
+    return path
+
+def on_screen(path, rate, counted):
+    "Numbers that are seen at each moment of an even grid when the file is decoded from one end to the other; `counted`: one after the other"
+    with av.open(str(path)) as c:
+        seen = [(f.pts*f.time_base, f) for f in c.decode(video=0)]
+    numbers = shown(torch.stack([torch.from_numpy(f.to_ndarray(format='rgb24')) for _,f in seen]).permute(0,3,1,2))
+    if counted: return numbers
+    places = [int((t-seen[0][0])*rate+Fraction(1,2)) for t,_ in seen]
+    return [numbers[sum(p<=k for p in places)-1] for k in range(places[-1]+1)]
+
+@pytest.mark.parametrize('codec,bf,g', [('libx264',0,12),('libx264',2,12),('libx264',3,250),('mpeg4',2,12)])
+def test_R36_cut_without_encoding(tmp, codec, bf, g):
+    "From the middle between two key frames and between two frames, to where frames shown later are missing; into each container; also where the first frames cannot be shown for want of their base"
+    src,wrong = write(tmp/'src.mp4', 70, 25, codec, bf=bf, g=g),[]
+    for begin,end in ((0.,9.), (.52,2.1), (1.33,2.53)):
+        for suffix,ticks in (('mp4',None), ('mkv',None), ('ts',None), ('flv',None), ('avi',1), ('avi',2)):
+            if codec=='mpeg4' and suffix in ('flv','ts'): continue   # FLV does not know it, and a .ts has nowhere to say its size
+            path = copied(src, tmp/f'cut.{suffix}', begin, end, ticks)
+            want = on_screen(path, 25, suffix=='avi')
+            with Video(path) as v: got = (v.rate, shown(v.read(range(v.frames))), shown(v.read([v.frames-1, 0, v.frames//2])))
+            if got!=(25., want, [want[-1], want[0], want[len(want)//2]]): wrong.append((begin, suffix, ticks, got, want))
+    assert not wrong, (len(wrong), wrong[:2])
+
+@pytest.mark.parametrize('rate', [25, NTSC])
+def test_R36_last_frame_without_duration(tmp, rate):
+    "Sorenson's codec in FLV: no packet says how long its frame is shown, the last is a frame all the same"
+    with Video(write(tmp/'sorenson.flv', 40, rate, 'flv', g=12, qmin=2, qmax=2)) as v: assert (v.frames, shown(v.read(range(v.frames))))==(40, list(range(40)))
 
 def test_R36_turned_video(tmp):
     for degrees,size in ((90,(64,48)),(180,(48,64)),(-90,(64,48))):
@@ -299,6 +345,41 @@ def test_R38_classes(data, tmp):
     assert says(train=[*lists['train'], 'train ünï 0.mp4 1'])=="t.csv, line 13: 'train ünï 0.mp4' is already in line 1"
     assert 'is in \'t.csv\' too' in says(val=[*lists['val'], lists['train'][0]])
     assert says(train=[*lists['train'], 'gone.mp4 1'])=='gone.mp4: no such video file'
+
+@pytest.mark.parametrize('how', ['same line','symlink','hard link'])
+def test_R38_videos_in_both_lists(tmp, how):
+    "An error, whatever the names, or a warning if asked for; two names for one video in one list are counted"
+    folder = tmp/f'shared {how}'
+    folder.mkdir()
+    for i in range(4): write(folder/f'{i}.mp4', 20, start=i)
+    if how=='symlink': (folder/'x.mp4').symlink_to(folder/'1.mp4')
+    if how=='hard link': os.link(folder/'1.mp4', folder/'x.mp4')
+    twin = '1.mp4' if how=='same line' else 'x.mp4'
+    (folder/'train.csv').write_text('0.mp4 0\n1.mp4 1\n')
+    (folder/'val.csv').write_text(f'2.mp4 0\n{twin} 1\n')
+    with pytest.raises(ValueError, match=r'allow it by allow_shared \(--allow-shared\) if that is meant') as e: dls(folder, bs=2)
+    assert "'train.csv' too" in str(e.value) if how=='same line' else f"{folder/'1.mp4'} and {folder/'x.mp4'} are one and the same file, in training and held out" in str(e.value)
+    d,said = quiet(lambda: dls(folder, bs=2, allow_shared=True))
+    assert len(d.train_ds)==len(d.valid_ds)==2 and len(said)==1 and said[0].endswith('are one and the same file, in training and held out')
+    if how=='same line':
+        (folder/'val.csv').write_text('2.mp4 1\n1.mp4 0\n')
+        with pytest.raises(ValueError, match="'.*1.mp4' has another label in 'train.csv'"): dls(folder, bs=2, allow_shared=True)
+    else:
+        (folder/'train.csv').write_text('0.mp4 0\n1.mp4 1\nx.mp4 1'); (folder/'val.csv').write_text('2.mp4 0\n3.mp4 1\n')
+        d,said = quiet(lambda: dls(folder, bs=2))
+        assert len(d.train_ds)==3 and said==[f"{folder/'1.mp4'} and {folder/'x.mp4'} are one and the same file"]
+
+def test_R38_class_folders_of_videos(tmp):
+    "Tests of a model take class folders of videos too: the same endings as everywhere, and what is left out is counted"
+    class Clips:
+        num_classes,num_frames,pretrained_cfg = 2,4,None
+    for k in range(2):
+        (tmp/'classes'/f'c{k}').mkdir(parents=True)
+        for name in ('a.mp4','._a.mp4','.DS_Store','b.GIF','c.MOV'): (tmp/'classes'/f'c{k}'/name).write_bytes(b'x')
+    (tmp/'classes'/'__MACOSX').mkdir()
+    items,said = quiet(lambda: folder_items(tmp/'classes', Clips()))
+    assert [(Path(p).name, i) for p,i in items]==[('a.mp4',0),('c.MOV',0),('a.mp4',1),('c.MOV',1)]
+    assert len(said)==1 and ': 6 files are left out, being none of .3gp, .avi, .flv and such: 4 hidden, 2 .gif (as ' in said[0]
 
 AUG = dict(rand_aug='rand-m7-n4-mstd0.5-inc1', erase=.5)
 def test_R40_batches_depend_on_seed_and_list_alone(data):

@@ -1,0 +1,165 @@
+"A learner made from a recipe, as fastai's users handle one: rates used as given, its other ways to fit, and what a log holds on a terminal, in a file and in a pipe"
+import os, re, subprocess, sys, warnings
+from contextlib import redirect_stdout
+from dataclasses import replace
+
+import numpy as np, pytest, torch
+from fastai.vision.all import Callback, CancelFitException
+from revvit.images import digits_dls
+from revvit.resume import keep_state, states
+from revvit.training import learner, recipes
+from test_resume import command
+from test_training import same, small, spawn, wait
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings('ignore')
+plain = replace(recipes['digits'], epochs=2, batch_size=256, lr=1e-3, warmup_epochs=0, model_args=dict(patch_size=4, embed_dim=16, num_heads=2, depth=1))
+
+def make(recipe=plain, bs=256, **kw): return learner(digits_dls(bs=bs, device='cpu'), recipe, **kw)
+def quiet(learn, f, *args, **kw):
+    with learn.no_bar(), learn.no_logging(): getattr(learn, f)(*args, **kw)
+    return learn
+
+# ---------------------------------------------------------------- rates
+
+@pytest.mark.parametrize('bs,batch_size,lr', [(256, 256, 1e-3), (128, 256, 1e-3), (512, 64, 1e-3), (256, 64, 3e-2)])
+def test_a_recipes_rate_is_used_as_it_stands(bs, batch_size, lr):
+    "Whatever batches the loaders give; that they are not the recipe's is said"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        learn = make(replace(plain, lr=lr, batch_size=batch_size), bs)
+    about = [str(o.message) for o in said if 'learning rate' in str(o.message)]
+    assert about == ([] if bs == batch_size else [f"the recipe's learning rate {lr:g} is for batches of {batch_size}, but the loaders give {bs}: it is used as it is; recipe.changed(batch_size={bs}) scales it"])
+    assert quiet(learn, 'fit', 1).recorder.lrs[0] == lr == learn.recipe.lr and learn.recipe.batch_size == bs
+
+def test_scaling_is_said(capsys):
+    assert plain.changed(batch_size=64).lr == 1e-3/4
+    assert capsys.readouterr().out == "learning rate 0.00025: the recipe's 0.001 for batches of 256, in proportion to 64\n"
+    assert (plain.changed(batch_size=64, lr=1e-3).lr, plain.changed(epochs=7).lr) == (1e-3, 1e-3) and capsys.readouterr().out == ''
+
+@pytest.mark.parametrize('warmup', [0, .5])
+@pytest.mark.parametrize('lr', [1e-2, 2e-5, 1e-7], ids=str)
+def test_fit_goes_up_to_the_rate_it_is_given(warmup, lr):
+    "Also one below the recipe's last rate; the next fit without a rate is the recipe's again"
+    learn = quiet(make(replace(plain, warmup_epochs=warmup)), 'fit', 2, lr=lr)
+    rates = learn.recorder.lrs # ten steps
+    assert max(rates) == pytest.approx(lr, rel=.1 if warmup else 1e-12) and max(rates) <= lr and rates[-1] <= max(rates) and (rates[0] < max(rates)) == bool(warmup)
+    assert max(quiet(learn, 'fit', 2).recorder.lrs) == pytest.approx(1e-3, rel=.1)
+    learn.lr = lr
+    assert max(quiet(learn, 'fit', 2).recorder.lrs) == pytest.approx(lr, rel=.1)
+
+def test_the_rate_reaches_the_weights():
+    "Not the log alone: a rate of a tenth moves them about a tenth as far in the first step of Adam"
+    def moved(*args):
+        learn = make()
+        was = learn.model.head.weight.clone()
+        class First(Callback):
+            def after_step(self):
+                self.moved = (self.model.head.weight-was).norm().item()
+                raise CancelFitException()
+        quiet(learn, 'fit', 1, *args, cbs=(cb := First()))
+        return cb.moved
+    assert moved(1e-4)/moved() == pytest.approx(.1, rel=1e-3)
+
+@pytest.mark.parametrize('way,args,top', [('fit_one_cycle', (2, 5e-3), 5e-3), ('fit_one_cycle', (2,), 1e-3), ('fit_flat_cos', (2, 3e-3), 3e-3), ('fit_flat_cos', (2,), 1e-3), ('fit_sgdr', (2, 1, 2e-3), 2e-3)], ids=str)
+def test_fastais_own_schedules_replace_ours(way, args, top):
+    learn = quiet(make(), way, *args)
+    assert max(learn.recorder.lrs) == pytest.approx(top, rel=.1)
+    assert np.allclose(learn.recorder.hps['lr'], learn.recorder.lrs) and min(learn.recorder.lrs) < top
+    assert max(quiet(learn, 'fit', 1).recorder.lrs) == 1e-3 # and ours is back
+
+@pytest.mark.parametrize('f,args,said', [('freeze', (), 'freeze and fine_tune take parameter groups for layers'), ('fine_tune', (1,), 'freeze and fine_tune take'), ('freeze_to', (1,), 'freeze and fine_tune take'),
+    ('fit', (1, slice(1e-5, 1e-3)), 'give one number'), ('fit_one_cycle', (1, slice(1e-3)), 'give one number'), ('fit_flat_cos', (1, slice(1e-5, 1e-3)), 'give one number')], ids=str)
+def test_what_means_layers_is_refused(f, args, said):
+    learn = make()
+    was = [o.clone() for o in learn.model.parameters()]
+    with pytest.raises(ValueError, match=said): quiet(learn, f, *args)
+    assert all(map(torch.equal, was, learn.model.parameters())) and all(o.requires_grad for o in learn.model.parameters())
+
+def test_the_remedy_for_freezing_works():
+    learn = make()
+    learn.model.requires_grad_(False)
+    learn.model.head.requires_grad_(True)
+    was = {k: v.clone() for k,v in learn.model.state_dict().items()}
+    quiet(learn, 'fit', 1, lr=1e-2)
+    assert {k for k,v in learn.model.state_dict().items() if not torch.equal(v, was[k])} == {'head.weight', 'head.bias'}
+
+@pytest.mark.parametrize('average', [None, .9])
+@pytest.mark.parametrize('kw', [dict(num_it=12), dict(num_it=30, end_lr=1e9, stop_div=False)], ids=['mild', 'diverging'])
+def test_lr_find_leaves_no_trace(average, kw, tmp_path):
+    "It suggests, and what is trained then, and written, is what would have been without it; before and after a fit"
+    recipe = replace(plain, average=average)
+    one = quiet(make(recipe, out=tmp_path/'one'), 'fit', 2)
+    two = keep_state(make(recipe, out=tmp_path/'two'))
+    assert two.lr_find(show_plot=False, **kw).valley > 0
+    assert not states(tmp_path/'two') and not list((tmp_path/'two').glob('*.*')) and not hasattr(two, 'lr_finder')
+    quiet(two, 'fit', 2)
+    assert same(one.model.state_dict(), two.model.state_dict()) and one.recorder.values == two.recorder.values
+    files = {o.name: o.read_bytes() for o in (tmp_path/'two').glob('*.*')}
+    two.lr_find(show_plot=False, num_it=12)
+    assert {o.name: o.read_bytes() for o in (tmp_path/'two').glob('*.*')} == files and not two.recorder.values[2:]
+    assert two.validate()[1] == one.recorder.values[-1][2] # the weights are what they were
+
+# ---------------------------------------------------------------- the log
+
+def logged(cwd, name, args, tty=False):
+    "revvit_train with its output in a file of that descriptor"
+    sys.stdout = open(os.dup(name), 'w', encoding='utf8')
+    command(cwd, args)
+    sys.stdout.flush()
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+@pytest.mark.parametrize('kind,epochs', [('file', 10), ('pipe', 3)])
+def test_a_redirected_log_is_plain_and_short(kind, epochs, tmp_path):
+    "A line for each epoch below 120 bytes, and nothing that redraws: the 60 epochs of the default run stay below 10 kB"
+    end,begin = os.pipe() if kind == 'pipe' else (None, os.open(tmp_path/'log', os.O_CREAT | os.O_WRONLY))
+    pid = spawn(logged, tmp_path, begin, ['--epochs', epochs, '--batch-size', 1024])
+    os.close(begin)
+    said = b''
+    while kind == 'pipe' and (part := os.read(end, 4096)): said += part
+    assert wait(pid) == 0
+    if kind == 'file': said = (tmp_path/'log').read_bytes()
+    assert not set(said) & {13, 27, 8} and len(said) < 2500+120*epochs
+    lines = [o for o in said.decode().splitlines() if o.startswith('epoch ')]
+    rows = [o for o in lines if re.match(r'epoch \d+, train_loss [\d.]+, valid_loss [\d.]+, accuracy [\d.]+, time ', o)]
+    assert [int(o.split()[1].strip(',')) for o in rows] == [*range(epochs)] and all(o.endswith(' left') for o in rows[:-1]) and 'left' not in rows[-1]
+
+def test_a_long_epoch_has_lines_between(tmp_path):
+    "Every hundred steps: epoch, step, loss, rate, images a second, time left; none while it validates"
+    with open(tmp_path/'log', 'w') as f, redirect_stdout(f):
+        learn = make(plain, 13)
+        learn.fit(2)
+        losses,rates = learn.recorder.losses,learn.recorder.lrs
+        learn.validate(), learn.get_preds()
+    lines = (tmp_path/'log').read_text().splitlines()
+    want = r'epoch %d, step %d of 220: loss \d\.\d{4}, lr [\de.-]+, \d+ images/s, [\d:]+ left'
+    rows = [r'epoch 0, train_loss .*', want % (1, 200), r'epoch 1, train_loss .*']
+    assert len(lines) == 4 and all(map(re.fullmatch, [want % (0, 100), *rows], lines)), lines
+    assert float(lines[0].split('loss ')[1].split(',')[0]) == pytest.approx(losses[99].item(), abs=1e-4)
+    assert float(lines[0].split('lr ')[1].split(',')[0]) == pytest.approx(rates[99], rel=1e-2)
+
+@pytest.mark.skipif(os.name != 'posix', reason='a terminal is made as POSIX has it')
+def test_on_a_terminal_the_bar_moves(tmp_path):
+    import fcntl, pty, struct, termios
+    ours,theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 100, 0, 0)) # a new one has no columns
+    pid = spawn(logged, tmp_path, theirs, ['--epochs', 2, '--batch-size', 64, '--threads', 1])
+    os.close(theirs)
+    said = b''
+    try:
+        while part := os.read(ours, 4096): said += part
+    except OSError: pass # the end of a terminal, on Linux
+    os.close(ours)
+    assert wait(pid) == 0
+    frames = re.findall(r'\d+\.\d+% \[(\d+)/22', said.decode())
+    assert len({*frames}) > 3 and b'\r' in said and said.count(b'train_loss') == 1, said[-500:] # fastai's table has it in its head only
+
+def test_silenced(capsys):
+    "`no_bar` and `no_logging` mean what they mean in fastai"
+    learn = make()
+    with learn.no_logging(): learn.fit(1)
+    assert capsys.readouterr().out == ''
+    with learn.no_bar(): learn.fit(1)
+    assert capsys.readouterr().out.count('\n') == 1
+    quiet(learn, 'fit', 1)
+    assert capsys.readouterr().out == ''

@@ -1,0 +1,146 @@
+"What `revvit_train --resume` finds after kill -9 at every place before and after the first state, and after damage: the same bits as a run never stopped, or one sentence"
+import json, os, shutil, signal
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest, torch
+from fastai.vision.all import Callback, defaults
+from revvit import cli
+from revvit.checkpoints import load_model
+from revvit.resume import states
+from revvit.training import recipes
+from test_training import end_of, same, small, spawn, wait
+
+torch.set_num_threads(1)
+pytestmark = [pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork'), pytest.mark.filterwarnings('ignore')]
+short = replace(small, epochs=2) # of five steps each
+
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+
+def killer(event, order, step):
+    "A callback that kills its process at an event of a step"
+    def at(self):
+        if self.train_iter == step: die()
+    return type('Killer', (Callback,), {'order': order, event: at})
+
+def dies_replacing(name):
+    "`os.replace` that kills its process when a file of that name is about to appear"
+    real = os.replace
+    def _replace(a, b, *args, **kw):
+        if Path(b).name.startswith(name): die()
+        return real(a, b, *args, **kw)
+    return patch('os.replace', _replace), patch('pathlib.Path.replace', _replace)
+
+def command(cwd, args, kill=None, replacing=None):
+    "revvit_train with the narrow recipe, in this process"
+    os.chdir(cwd)
+    if kill: defaults.callbacks = [*defaults.callbacks, killer(*kill)]
+    for o in dies_replacing(replacing) if replacing else (): o.start()
+    with patch.dict(recipes, digits=short):
+        if code := cli.revvit_train([str(o) for o in args]): raise RuntimeError(code)
+
+def train(cwd, *args, **kw): return wait(spawn(command, cwd, args, **kw))
+def names(folder): return sorted(o.name for o in folder.iterdir() if not o.name.endswith('.tmp'))
+
+@pytest.fixture
+def here(monkeypatch, capfd, tmp_path):
+    "Exit code, output and error stream of the command in this process"
+    def _run(*args):
+        monkeypatch.chdir(tmp_path)
+        capfd.readouterr()
+        with patch.dict(recipes, digits=short): code = cli.revvit_train([str(o) for o in args])
+        return code, *capfd.readouterr()
+    return _run
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+    "A run that nobody stopped"
+    path = tmp_path_factory.mktemp('straight')
+    assert train(path, '--out', 'run') == 0
+    return path/'run'
+
+# event, order among callbacks, step; name of a file about to be written; what is left
+first = dict(step_0=(('before_batch', 0, 0), None, ['config.json']), step_3=(('after_batch', 90, 3), None, ['config.json']),
+    validation=(('before_validate', 90, 5), None, ['config.json']), log=(None, 'checkpoint', ['config.json', 'history.csv']),
+    checkpoint=(('after_epoch', 65, 5), None, ['checkpoint.pth', 'config.json', 'history.csv']), state=(None, 'state', ['checkpoint.pth', 'config.json', 'history.csv']))
+
+@pytest.mark.parametrize('where,out', [*((o, ['--out', 'run']) for o in first), ('step_3', [])], ids=str)
+def test_killed_before_the_first_state(where, out, straight, tmp_path, capfd):
+    "The same command, repeated, begins again, says so, and ends with the same bits"
+    kill,replacing,left = first[where]
+    run = tmp_path/('run' if out else 'runs/digits')
+    for _ in range(1+(where == 'state')): # the second time in a folder that is not new
+        assert train(tmp_path, '--resume', *out, kill=kill, replacing=replacing) == -signal.SIGKILL
+        assert names(run) == left and not states(run)
+    capfd.readouterr()
+    assert train(tmp_path, '--resume', *out) == 0
+    assert f'{run.relative_to(tmp_path)}: stopped before its first state, so the run begins again\n' in capfd.readouterr().out
+    assert same(end_of(run), end_of(straight)) and names(run) == names(straight)
+    assert [o.name for o in run.parent.iterdir()] == [run.name] # no second run beside it
+
+@pytest.mark.parametrize('flags,step,newest', [(['--save-minutes', '1e-5'], 1, 'state-0-1.pth'), (['--save-minutes', '1e-5'], 8, 'state-1-3.pth'),
+    (['--save-steps', '1'], 1, 'state-0-1.pth'), (['--save-steps', '2', '--save-minutes', '1000'], 3, 'state-0-2.pth'), (['--save-steps', '4', '--save-minutes', '1e-5'], 3, 'state-0-3.pth')], ids=str)
+def test_states_from_the_first_step_on(flags, step, newest, straight, tmp_path, capfd):
+    assert train(tmp_path, '--out', 'run', *flags, kill=('after_batch', 90, step)) == -signal.SIGKILL
+    assert states(tmp_path/'run')[0].name == newest
+    assert train(tmp_path, '--out', 'run', '--resume', *flags) == 0
+    assert 'run: goes on in epoch ' in capfd.readouterr().out
+    assert same(end_of(tmp_path/'run'), end_of(straight))
+
+def test_another_command_does_not_begin_there(here, tmp_path):
+    "What config.json says is what a state would say: another seed or recipe is another run"
+    assert train(tmp_path, '--out', 'run', kill=('after_batch', 90, 2)) == -signal.SIGKILL
+    was = (tmp_path/'run/config.json').read_bytes()
+    for args,said in ((['--seed', '5'], 'its seed is 0, here it is 5'), (['--lr', '.1'], 'its lr is 0.004, here it is 0.1'), (['--average', '.5'], 'its average is 0.9, here it is 0.5')):
+        assert here('--out', 'run', '--resume', *args)[::2] == (2, f'revvit_train: run was begun by another command: {said}\n')
+    assert (tmp_path/'run/config.json').read_bytes() == was and names(tmp_path/'run') == ['config.json']
+
+@pytest.mark.parametrize('text,state', [(b'', False), (b'\xff\xfe', False), (b'{"recipe": "dig', True), (b'[]', True)], ids=str)
+def test_config_half_written(text, state, straight, here, tmp_path):
+    "It is written anew, beside a state and without one"
+    if state: shutil.copytree(straight, tmp_path/'run')
+    else: (tmp_path/'run').mkdir()
+    (tmp_path/'run/config.json').write_bytes(text)
+    code,out,err = here('--out', 'run', '--resume')
+    assert (code, err) == (0, '') and 'run/config.json cannot be read: it is written anew\n' in out
+    assert json.loads((tmp_path/'run/config.json').read_text())['recipe'] == 'digits' and same(end_of(tmp_path/'run'), end_of(straight))
+
+def test_config_missing(straight, here, tmp_path):
+    shutil.copytree(straight, tmp_path/'run')
+    (tmp_path/'run/config.json').unlink()
+    code,out,err = here('--out', 'run', '--resume')
+    assert (code, err) == (0, '') and 'run/config.json is missing: it is written anew\n' in out and names(tmp_path/'run') == names(straight)
+
+def test_only_damaged_states(straight, here, tmp_path):
+    "They are not thrown away: an error that says what one can do"
+    shutil.copytree(straight, tmp_path/'run')
+    for o in states(tmp_path/'run'): o.write_bytes(o.read_bytes()[:5000])
+    before = {o.name: o.read_bytes() for o in (tmp_path/'run').iterdir()}
+    code,_,err = here('--out', 'run', '--resume')
+    assert (code, err) == (2, 'revvit_train: run: none of its 2 states can be read; begin again in another folder, or remove this one\n')
+    assert {o.name: o.read_bytes() for o in (tmp_path/'run').iterdir()} == before
+
+def test_complete(straight, here, tmp_path):
+    "Nothing is trained, and what a kill after the last epoch left out is made"
+    shutil.copytree(straight, tmp_path/'run')
+    (tmp_path/'run/history.png').unlink()
+    code,out,err = here('--out', 'run', '--resume')
+    assert (code, err) == (0, '') and 'run: all 2 epochs are done, nothing is left to train\n' in out
+    assert names(tmp_path/'run') == names(straight) and same(end_of(tmp_path/'run'), end_of(straight))
+
+@pytest.mark.parametrize('what', ['trained', 'picture', 'foreign config', 'no config'])
+def test_what_is_no_run_before_its_first_state_is_left_alone(what, straight, here, tmp_path):
+    "A trained model whose states were deleted, and folders of other programs"
+    run = tmp_path/'run'
+    shutil.copytree(straight, run)
+    for o in states(run): o.unlink()
+    if what == 'trained': (run/'history.png').unlink()
+    if what == 'picture': (run/'history.csv').unlink()
+    if what == 'foreign config':
+        for o in ('history.csv', 'history.png'): (run/o).unlink()
+        (run/'config.json').write_text('{"architectures": ["ViT"]}')
+    if what == 'no config': [(run/o).unlink() for o in ('config.json', 'history.csv', 'history.png')]
+    before = {o.name: o.read_bytes() for o in run.iterdir()}
+    assert here('--out', 'run', '--resume')[::2] == (2, 'revvit_train: run is not empty and holds no state to go on from: choose another folder, or delete this one first\n')
+    assert {o.name: o.read_bytes() for o in run.iterdir()} == before and load_model(run/'checkpoint.pth').num_classes == 10

@@ -1,0 +1,102 @@
+"""Tutorials run as they are read: each from its first cell to its last, and each program that is meant to be pasted by itself, in a fresh process and an empty folder.
+Models and training are made small around the code, which is not changed. That the full ones learn what they should is asserted in the notebooks, so an assertion may fail here."""
+import json, os, re, subprocess, sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+root = Path(__file__).resolve().parent.parent
+tutorials = sorted((root/'nbs'/'tutorials').glob('*.ipynb'))
+name = lambda p: p.stem
+
+def cells(path, kind): return [''.join(c['source']) for c in json.loads(path.read_text(encoding='utf8'))['cells'] if c['cell_type'] == kind]
+
+# ---------------------------------------------------------------- what is pasted
+
+pasted = [pytest.param(path, code, id=f'{path.stem}-{i}') for path in tutorials for i,code in enumerate(re.findall(r'^```python\n(.*?)^```', '\n'.join(cells(path, 'markdown')), re.M|re.S))]
+
+small_models = '''
+import sys, timm, torch
+torch.set_num_threads(1)
+from timm.models import create_model
+def small(name, **kw):
+    "The model of that name, narrow and for small images"
+    less = dict(num_frames=4, img_size=32, embed_dim=8, depth=2, stage_starts=(1,)) if '16x4' in name else dict(img_size=32, embed_dim=12, num_heads=2, depth=2)
+    return create_model(name, **{**less, **kw})
+timm.create_model = small
+'''
+
+def write_data(folder):
+    "The folders and files that the programs name: photographs, videos, published weights"
+    rng = np.random.RandomState(0)
+    for part,n in (('train',32), ('val',3)):
+        for c in ('cat','dog'):
+            (folder/'photos'/part/c).mkdir(parents=True)
+            for i in range(n): Image.fromarray(rng.randint(0, 255, (40,48,3), np.uint8)).save(folder/'photos'/part/c/f'{i}.jpg')
+    code = small_models + '''
+from pathlib import Path
+import numpy as np
+from revvit.videos import _write_mp4
+Path('videos').mkdir()
+for part,n in (('train',8), ('val',2)):
+    for i in range(n): _write_mp4(Path(f'videos/{part}{i}.mp4'), np.full((6,32,32), 30*i, np.uint8))
+    Path(f'videos/{part}.csv').write_text(''.join(f'{part}{i}.mp4 {i%2}\\n' for i in range(n)))
+for file,model in (('REV_VIT_S.pyth','revvit_small_patch16_224'), ('REV_MVIT_B_16x4.pyth','revmvit_base_16x4_224')):
+    torch.save(dict(model_state=small(model).state_dict()), file)
+'''
+    ran = run(code, folder)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+
+def run(code, folder, *words):
+    (folder/'program.py').write_text(code, encoding='utf8')
+    return subprocess.run([sys.executable, '-W', 'ignore', 'program.py', *words], cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600,
+                          env={**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'CUDA_VISIBLE_DEVICES': ''})
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    write_data(folder := tmp_path_factory.mktemp('pasted'))
+    return folder
+
+def test_there_is_something_to_paste(): assert {'fine_tune_images','train_clips'} <= {o.values[0].stem for o in pasted}
+
+@pytest.mark.parametrize('path,code', pasted)
+def test_pasted_program_runs(folder, path, code):
+    "By itself: with its own imports, in its own order, from data and weights on disk to a trained model"
+    ran = run(small_models+code, folder)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+
+# ---------------------------------------------------------------- what is read
+
+# an epoch is two steps, and fewer digits are held out; a failed assertion about what was learned is none of this test
+short = '''
+import torch
+torch.set_num_threads(1)
+from fastai.vision.all import CancelTrainException, Callback, Learner
+import revvit.images, revvit.videos
+class Few(Callback):
+    "Two steps an epoch"
+    order = 70
+    def before_batch(self):
+        if self.training and self.iter>1: raise CancelTrainException
+init = Learner.__init__
+def short_init(self, *args, **kwargs):
+    init(self, *args, **kwargs)
+    self.add_cb(Few())
+Learner.__init__ = short_init
+hold_out = revvit.images.hold_out
+revvit.images.hold_out = lambda labels, per_class, seed=0: hold_out(labels, min(per_class, 4), seed)   # not that of the videos, which is bound already
+'''
+
+@pytest.mark.parametrize('path', [o for o in tutorials if o.stem in ('fine_tune_images','train_clips')], ids=name)
+def test_cells_run_in_order(path, tmp_path):
+    "Nothing is used that an earlier cell does not make; the process knows nothing but the page"
+    code = short + f'''
+names = {{'__name__': '__main__'}}
+for i,cell in enumerate({cells(path, 'code')!r}):
+    try: exec(compile(cell, f'cell {{i}}', 'exec'), names)
+    except AssertionError: print('assertion', cell)
+'''
+    ran = run(code, tmp_path)
+    assert ran.returncode == 0, ran.stderr[-2000:]
