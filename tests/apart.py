@@ -106,16 +106,17 @@ def apart(m):
 # ---------------------------------------------------------------- dropout whose draws the judge knows
 
 class Book:
-    "What layers drew for each row of what they were given"
+    "What layers drew for each row of what they were given; who is asked twice is taken at the last word, or at the first"
+    last = True
     def __init__(self): self.writing,self.rows,self.strict = True,{},False
     def note(self, key, x, mask): self.rows.setdefault(key, []).append((x.detach().clone(), mask.detach().clone()))
     def find(self, key, x):
-        "The mask last drawn for each row of `x`; ones for a row that was not asked for"
+        "The mask drawn for each row of `x`; ones for a row that was not asked for"
         out = torch.ones_like(x)
         xs = x.detach().flatten(1).double()
         if self.strict and len(xs.unique(dim=0))<len(xs): raise LookupError('rows alike: who drew what is not known')
         todo = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        for rows,masks in reversed(self.rows.get(key, [])):
+        for rows,masks in self.rows.get(key, [])[::-1 if self.last else 1]:
             if rows.shape[1:]!=x.shape[1:]: continue
             d = (xs[:,None]-rows.flatten(1).double()[None]).abs().amax(-1)
             near,i = d.min(1)
