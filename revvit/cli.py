@@ -59,7 +59,8 @@ def _ended(func, e):
     if isinstance(e, BrokenPipeError): return 141,None   # the reader of our output has left: as any program in a pipe
     if isinstance(e, KeyboardInterrupt): return 130,_sentence(e) or 'interrupted'
     if full := out_of_memory(e):
-        helps = [_relief[k] for k in _relief if k in inspect.signature(func).parameters and ('GPU' in full or k not in ('amp','device'))]
+        useless = ('workers',) if 'GPU' in full else ('amp','device')
+        helps = [v for k,v in _relief.items() if k in inspect.signature(func).parameters and k not in useless]
         return 2,_sentence(MemoryError(full)) + (f"; what helps: {'; '.join(helps)}" if helps else '')
     if isinstance(e, (FloatingPointError, ChildProcessError)): return 1,_sentence(e)
     if isinstance(e, (ValueError, OSError)): return 2,_flags(func, _sentence(e))
@@ -74,7 +75,7 @@ def _check_words(args):
     "Refuse addresses, and numbers of which at least one is needed"
     from revvit.checkpoints import _check_local
     for o in args.values():
-        for p in o if isinstance(o, list) else [o] if isinstance(o, Path) else []: _check_local(p)
+        if isinstance(o, Path): _check_local(o)
     for k in ('top', 'views', 'chunk', 'batch_size', 'threads', 'save_steps'):
         if args.get(k) is not None and args[k]<1: raise ValueError(f"{k} must be 1 or more, got {args[k]}")
     if (args.get('workers') or 0)<0: raise ValueError(f"workers must be 0 or more, got {args['workers']}")
@@ -184,7 +185,9 @@ def _fit(learn, epochs, ckpt):
         print()
         raise KeyboardInterrupt(f"stopped in epoch {learn.epoch}; {left()}") from None
     except (RuntimeError,MemoryError,OSError) as e:   # PyTorch notices a dead reader by a signal, anywhere in the loop
-        if full := out_of_memory(e): raise MemoryError(f"{full}, in epoch {getattr(learn, 'epoch', 0)} with batches of {learn.dls.train.bs}; {left()}") from None
+        if full := out_of_memory(e):
+            print()
+            raise MemoryError(f"{full}, in epoch {getattr(learn, 'epoch', 0)} with batches of {learn.dls.train.bs}; {left()}") from None
         if not ('a process that reads data was ended' in str(e) or 'DataLoader worker (pid' in str(e)): raise
         raise ChildProcessError(f"stopped in epoch {learn.epoch}: a process that reads data was killed, most often for want of memory; {left()}") from e
     return time.time()-t
