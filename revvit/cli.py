@@ -50,6 +50,7 @@ def _flags(func, said):
         said = re.sub(rf"{name}(?= must | needs )|(?<=its ){k}(?= is )", flag, said)
     return said
 
+# %% ../nbs/11_cli.ipynb #edab9301
 _relief = dict(batch_size="a smaller --batch-size", chunk="a smaller --chunk, which --resume allows too", keep="a smaller --keep",
     amp="--amp bf16 on a GPU that has it", views="fewer --views of a video", workers="fewer --workers", device="--device cpu, if that has more")
 
@@ -66,6 +67,7 @@ def _ended(func, e):
     if isinstance(e, (ValueError, OSError)): return 2,_flags(func, _sentence(e))
     return None,None
 
+# %% ../nbs/11_cli.ipynb #edab9303
 def _leave_pipe():
     "Let what is left in our output go nowhere, or Python would complain at the end"
     try: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -231,6 +233,15 @@ def _own_data(r, data, workers, on_bad, root, allow_shared=False):
     return data,dict(workers=workers or 0, on_bad=on_bad, **({'root': str(root)} if root else {}), **({'allow_shared': True} if allow_shared else {}))
 
 # %% ../nbs/11_cli.ipynb #a2dc0731
+def _recipe(name, average, threads, **changes):
+    "The recipe as the flags change it; PyTorch gets its number of threads"
+    import torch
+    from revvit.training import recipes
+    r = recipes[name].changed(**changes)
+    if average is not None: r = replace(r, average=average)
+    if threads or r.threads: torch.set_num_threads(threads or r.threads)
+    return r
+
 def _learner(r, data, seed, amp, weights, new_head, new_size, workers, on_bad, root, device, chunk, allow_shared=False):
     "The learner, and what its loaders were told"
     from revvit.checkpoints import load_checkpoint
@@ -270,13 +281,9 @@ def revvit_train(
     device:str|None=None, # cpu, cuda, cuda:1, mps, ...; by default the GPU if there is one
 ):
     "Train a reversible vision transformer; without arguments, on handwritten digits that come with the package. Starts on several GPUs with torchrun --nproc_per_node N --no-python revvit_train ..."
-    import torch
     from revvit.distributed import from_first, join_group, leave_group
-    from revvit.training import recipes
     _check_flags(recipe, seed, amp, on_bad, weights, new_head, new_size, save_minutes)
-    r = recipes[recipe].changed(epochs=epochs, batch_size=batch_size, lr=lr)
-    if average is not None: r = replace(r, average=average)
-    if threads or r.threads: torch.set_num_threads(threads or r.threads)
+    r = _recipe(recipe, average, threads, epochs=epochs, batch_size=batch_size, lr=lr)
     world = join_group()
     try:
         learn,kwargs = _learner(r, data, seed, amp, weights, new_head, new_size, workers, on_bad, root, device, chunk, allow_shared)
