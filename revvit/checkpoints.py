@@ -96,6 +96,7 @@ def _check_pickle(f):
         if name=='bytearray' or name.endswith('Tensor'):
             raise CheckpointError(f"it asks to call {name}, and reading weights never calls anything")
 
+# %% ../nbs/06_checkpoints.ipynb #04970201
 def _check_old(f, size):
     "Refuse a file in the format before zip that claims more than its `size` in bytes"
     f.seek(0)
@@ -137,6 +138,7 @@ def _content(f, start):
         _check_tensors(content, size)
         return content
 
+# %% ../nbs/06_checkpoints.ipynb #19f52a01
 def _check_local(path):
     "Refuse an address, also one that became a path"
     if m := re.match(r'(\w[\w+.-]+):/+(?=\w)', str(path)):

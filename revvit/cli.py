@@ -6,13 +6,14 @@
 __all__ = ['command', 'revvit_train', 'revvit_predict', 'revvit_test']
 
 # %% ../nbs/11_cli.ipynb #f0aeb6c7
-import argparse, inspect, io, itertools, os, platform, shlex, sys, time, warnings
+import argparse, inspect, io, itertools, os, platform, re, shlex, signal, sys, time, warnings
 from dataclasses import asdict, replace
 from functools import wraps
 from json import dumps, loads
 from pathlib import Path
 from typing import get_args
 from fastcore.docments import docments
+import revvit
 
 # %% ../nbs/11_cli.ipynb #9cd23c57
 class _Parser(argparse.ArgumentParser):
@@ -40,17 +41,65 @@ def _sentence(e):
     if 'Original Traceback' in s: s = s.rstrip().splitlines()[-1].partition(': ')[2]   # from a loader's worker, with its traceback in front
     return ' '.join(s.split('\n\t')[-1].split())   # fastai puts a line before the message of what a callback raised
 
+def _flags(func, said):
+    "`said`, with the command's flags where it names their parameters"
+    for k in inspect.signature(func).parameters:
+        name,flag = rf"(?<![\w/.-])(?<!the ){k}",'--'+k.replace('_','-')
+        said = re.sub(rf"{name}=True\b", flag, said)
+        said = re.sub(rf"{name}=(?=[\w'])", flag+' ', said)
+        said = re.sub(rf"{name}(?= must | needs )|(?<=its ){k}(?= is )", flag, said)
+    return said
+
+# %% ../nbs/11_cli.ipynb #edab9301
+_relief = dict(batch_size="a smaller --batch-size", chunk="a smaller --chunk, which --resume allows too", keep="a smaller --keep",
+    amp="--amp bf16 on a GPU that has it", views="fewer --views of a video", workers="fewer --workers", device="--device cpu, if that has more")
+
+def _ended(func, e):
+    "Exit code and last words (None for none) when `func` raised `e`; (None, None) for a fault of ours"
+    from revvit.device import out_of_memory
+    if isinstance(e, BrokenPipeError): return 141,None   # the reader of our output has left: as any program in a pipe
+    if isinstance(e, KeyboardInterrupt): return 130,_sentence(e) or 'interrupted'
+    if full := out_of_memory(e):
+        useless = ('workers',) if 'GPU' in full else ('amp','device')
+        helps = [v for k,v in _relief.items() if k in inspect.signature(func).parameters and k not in useless]
+        return 2,_sentence(MemoryError(full)) + (f"; what helps: {'; '.join(helps)}" if helps else '')
+    if isinstance(e, (FloatingPointError, ChildProcessError)): return 1,_sentence(e)
+    if isinstance(e, (ValueError, OSError)): return 2,_flags(func, _sentence(e))
+    return None,None
+
+# %% ../nbs/11_cli.ipynb #edab9303
+def _leave_pipe():
+    "Let what is left in our output go nowhere, or Python would complain at the end"
+    try: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError): pass   # an output that is no file
+
+def _check_words(args):
+    "Refuse addresses, and numbers of which at least one is needed"
+    from revvit.checkpoints import _check_local
+    for o in args.values():
+        if isinstance(o, Path): _check_local(o)
+    for k in ('top', 'views', 'chunk', 'batch_size', 'threads', 'save_steps'):
+        if args.get(k) is not None and args[k]<1: raise ValueError(f"{k} must be 1 or more, got {args[k]}")
+    if (args.get('workers') or 0)<0: raise ValueError(f"workers must be 0 or more, got {args['workers']}")
+
 def command(func):
     "Turn `func` into a command: it takes a list of words (the command line's by default) and returns an exit code"
     @wraps(func)
     def _run(argv=None):
         warnings.filterwarnings('ignore', category=FutureWarning)   # fastai and timm still use torch.jit
         words = [a.split('=')[0].replace('_','-') + a[len(a.split('=')[0]):] if a.startswith('--') else a for a in (sys.argv[1:] if argv is None else argv)]
-        try: return func(**vars(_parser(func).parse_args(words))) or 0
-        except (FloatingPointError, ChildProcessError) as e: code,said = 1,_sentence(e)
-        except (ValueError, OSError) as e: code,said = 2,_sentence(e)
-        except KeyboardInterrupt as e: code,said = 130,_sentence(e) or 'interrupted'
-        print(f"{func.__name__}: {said}", file=sys.stderr)
+        try:
+            if signal.getsignal(signal.SIGINT) is revvit._interrupted: signal.signal(signal.SIGINT, signal.default_int_handler)
+            args = vars(_parser(func).parse_args(words))
+            _check_words(args)
+            code = func(**args) or 0
+            sys.stdout.flush()
+            return code
+        except (Exception, KeyboardInterrupt) as e:
+            code,said = _ended(func, e)
+            if code is None: raise
+        if code==141: _leave_pipe()
+        else: print(f"{func.__name__}: {said}", file=sys.stderr)
         return code
     return _run
 
@@ -129,6 +178,7 @@ def _config(r, learn, **kwargs):
 # %% ../nbs/11_cli.ipynb #a2679be2
 def _fit(learn, epochs, ckpt):
     "Train; if stopped, say what is left. Returns the seconds it took"
+    from revvit.device import out_of_memory
     t = time.time()
     def on(): return f"the same command with --resume {'goes on' if any(ckpt.parent.glob('state-*.pth')) else 'begins again'}"
     def left(): return f"{ckpt} holds the model after epoch {len(learn.recorder.values)-1}, and {on()}" if ckpt.exists() else f"no epoch was finished, so there is no checkpoint; {on()}"
@@ -136,7 +186,10 @@ def _fit(learn, epochs, ckpt):
     except KeyboardInterrupt:
         print()
         raise KeyboardInterrupt(f"stopped in epoch {learn.epoch}; {left()}") from None
-    except RuntimeError as e:   # PyTorch notices a dead reader by a signal, anywhere in the loop
+    except (RuntimeError,MemoryError,OSError) as e:   # PyTorch notices a dead reader by a signal, anywhere in the loop
+        if full := out_of_memory(e):
+            print()
+            raise MemoryError(f"{full}, in epoch {getattr(learn, 'epoch', 0)} with batches of {learn.dls.train.bs}; {left()}") from None
         if not ('a process that reads data was ended' in str(e) or 'DataLoader worker (pid' in str(e)): raise
         raise ChildProcessError(f"stopped in epoch {learn.epoch}: a process that reads data was killed, most often for want of memory; {left()}") from e
     return time.time()-t
@@ -151,24 +204,24 @@ def _sample_digit(out):
     return out/f'digit_{labels[i]}.png'
 
 # %% ../nbs/11_cli.ipynb #d2ca001c
-def _test(out, r, data, workers, root):
+def _test(out, r, data, workers, root, device):
     "One line on how good the checkpoint in `out` is"
     from revvit.checkpoints import load_model
     from revvit.inference import eval_loader, evaluate
-    from fastai.torch_core import default_device
-    m = load_model(out/'checkpoint.pth').to(default_device())
+    m = load_model(out/'checkpoint.pth').to(device)
     res = evaluate(m, eval_loader(m, data, workers=workers or 0, root=root))
     return f"top-1 {100*res['top1']:.2f} %, top-5 {100*res['top5']:.2f} % of {res['n']} held-out files" + (", 5 views each" if r.data!='images' else "")
 
-def _check_flags(recipe, workers, seed, threads, save_steps, save_minutes):
+def _check_flags(recipe, seed, amp, on_bad, weights, new_head, new_size, save_minutes):
     "Refuse what cannot be meant"
     from revvit.training import recipes
     if recipe not in recipes: raise ValueError(f"there is no recipe {recipe!r}; there is: {', '.join(recipes)}")
-    if workers is not None and workers<0: raise ValueError(f"workers must be 0 or more, got {workers}")
     if not 0<=seed<2**32: raise ValueError(f"seed must be from 0 to {2**32-1}, got {seed}")
-    for k,v in dict(threads=threads, save_steps=save_steps).items():
-        if v is not None and v<1: raise ValueError(f"{k} must be 1 or more, got {v}")
     if save_minutes is not None and not 0<save_minutes<float('inf'): raise ValueError(f"save_minutes must be a number above 0, got {save_minutes}")
+    for k,v,known in (('amp', amp, ('auto','bf16','fp16','off')), ('on_bad', on_bad, ('raise','skip'))):
+        if v not in known: raise ValueError(f"{k} must be {', '.join(known[:-1])} or {known[-1]}, got {v!r}")
+    for k,v in dict(new_head=new_head, new_size=new_size).items():
+        if v and not weights: raise ValueError(f"{k}=True goes with --weights: name the file to start from, or leave it out")
 
 def _own_data(r, data, workers, on_bad, root, allow_shared=False):
     "Where the data are, and keywords for their loader"
@@ -180,14 +233,25 @@ def _own_data(r, data, workers, on_bad, root, allow_shared=False):
     return data,dict(workers=workers or 0, on_bad=on_bad, **({'root': str(root)} if root else {}), **({'allow_shared': True} if allow_shared else {}))
 
 # %% ../nbs/11_cli.ipynb #a2dc0731
-def _learner(r, data, seed, amp, weights, new_head, workers, on_bad, root, allow_shared=False):
+def _recipe(name, average, threads, **changes):
+    "The recipe as the flags change it; PyTorch gets its number of threads"
+    import torch
+    from revvit.training import recipes
+    r = recipes[name].changed(**changes)
+    if average is not None: r = replace(r, average=average)
+    if threads or r.threads: torch.set_num_threads(threads or r.threads)
+    return r
+
+def _learner(r, data, seed, amp, weights, new_head, new_size, workers, on_bad, root, device, chunk, allow_shared=False):
     "The learner, and what its loaders were told"
     from revvit.checkpoints import load_checkpoint
+    from revvit.device import pick_device
     from revvit.training import learner, recipe_dls, recipe_model
+    device = pick_device(device)
     data,kwargs = _own_data(r, data, workers, on_bad, root, allow_shared)
-    dls = recipe_dls(r, data, seed=seed, **kwargs)
-    model = recipe_model(r, len(dls.vocab), seed)
-    if weights: print(load_checkpoint(model, weights, new_head=new_head))
+    dls = recipe_dls(r, data, seed=seed, device=device, **kwargs)
+    model = recipe_model(replace(r, model_args={**r.model_args, 'chunk':chunk}) if chunk else r, len(dls.vocab), seed)
+    if weights: print(load_checkpoint(model, weights, new_head=new_head, new_size=new_size))
     return learner(dls, r, model, seed=seed, amp=amp),kwargs
 
 # %% ../nbs/11_cli.ipynb #cbcef47c
@@ -205,6 +269,7 @@ def revvit_train(
     amp:str='auto', # Mixed precision on a GPU: bf16, fp16, off, or auto for the best it has; float32 on a CPU
     weights:Path|None=None, # Checkpoint of the same model to start from, ours or published; by default random weights
     new_head:bool=False, # Leave the classifier of --weights and begin with a new one, as other classes need
+    new_size:bool=False, # Resample the position embedding of --weights, as another image size or number of frames needs
     average:float|None=None, # Measure and save a moving average of the weights with this decay per step, such as 0.9999; by default none
     on_bad:str='raise', # Files that cannot be read: raise ends the run with the first, skip leaves them out and counts them
     allow_shared:bool=False, # Accept a file that is in the training and in the test data; by default that is an error
@@ -212,21 +277,19 @@ def revvit_train(
     resume:bool=False, # Go on with the run in --out, or with the last one of this recipe; with none to go on with, begin one
     save_steps:int|None=None, # Save the state of the run every so many steps too, 1 for each; by default after each epoch
     save_minutes:float|None=None, # Save the state of the run whenever so many minutes have passed since the last; by default after each epoch
+    chunk:int|None=None, # Images, or clips, that a block works on at a time: fewer take less memory; by default as many as suit the device
+    device:str|None=None, # cpu, cuda, cuda:1, mps, ...; by default the GPU if there is one
 ):
     "Train a reversible vision transformer; without arguments, on handwritten digits that come with the package. Starts on several GPUs with torchrun --nproc_per_node N --no-python revvit_train ..."
-    import torch
     from revvit.distributed import from_first, join_group, leave_group
-    from revvit.training import recipes
-    _check_flags(recipe, workers, seed, threads, save_steps, save_minutes)
-    r = recipes[recipe].changed(epochs=epochs, batch_size=batch_size, lr=lr)
-    if average is not None: r = replace(r, average=average)
-    if threads or r.threads: torch.set_num_threads(threads or r.threads)
+    _check_flags(recipe, seed, amp, on_bad, weights, new_head, new_size, save_minutes)
+    r = _recipe(recipe, average, threads, epochs=epochs, batch_size=batch_size, lr=lr)
     world = join_group()
     try:
-        learn,kwargs = _learner(r, data, seed, amp, weights, new_head, workers, on_bad, root, allow_shared)
-        told = dict(recipe=recipe, seed=seed, amp=amp, weights=str(weights or ''), new_head=new_head)
+        learn,kwargs = _learner(r, data, seed, amp, weights, new_head, new_size, workers, on_bad, root, device, chunk, allow_shared)
+        told = dict(recipe=recipe, seed=seed, amp=amp, weights=str(weights or ''), new_head=new_head, new_size=new_size)
         out = from_first(_claim, out, recipe, resume, {**_settings(r), **told})
-        done = _train(learn, r, out, resume, save_steps, save_minutes, dict(told, data=str(data or ''), out=str(out), resume=resume, save_steps=save_steps, save_minutes=save_minutes, processes=world, **kwargs))
+        done = _train(learn, r, out, resume, save_steps, save_minutes, dict(told, data=str(data or ''), out=str(out), resume=resume, save_steps=save_steps, save_minutes=save_minutes, chunk=chunk, processes=world, **kwargs))
     finally: leave_group()
     if done is not None: _finish(learn, r, out, data, done, kwargs['workers'], root)
 
@@ -257,8 +320,8 @@ def _finish(learn, r, out, data, took, workers, root):
     elif r.data=='moving_digits':
         from revvit.videos import moving_digits
         folder = moving_digits(data)
-        best,sample = _test(out, r, folder, workers, None),folder/(folder/'val.csv').read_text().split()[0]
-    else: best,sample = _test(out, r, data, workers, root),None
+        best,sample = _test(out, r, folder, workers, None, learn.dls.device),folder/(folder/'val.csv').read_text().split()[0]
+    else: best,sample = _test(out, r, data, workers, root, learn.dls.device),None
     print(f"{best}, {took:.0f} s of training; in {out}: {', '.join(sorted(o.name for o in out.iterdir()))}")
     if sample: print(f"Now try: revvit_predict {shlex.quote(str(sample))}{elsewhere}")
 
@@ -286,9 +349,11 @@ def _npz(arrays):
     return data.getvalue()
 
 def _check_out(path):
-    "Refuse a file that could not be written, before the work"
+    "Refuse a file that could not be written, before the work, and remove an old one"
     if path.is_dir(): raise ValueError(f"{path}: a folder, not a file to write")
     if not path.parent.is_dir(): raise ValueError(f"{path}: there is no folder {path.parent}")
+    if path.exists() and path.suffix!='.npz': raise ValueError(f"{path}: there is such a file, and its name does not end in .npz: choose another")
+    path.unlink(missing_ok=True)   # or after a failure that of another run would look like ours
 
 # %% ../nbs/11_cli.ipynb #ff27fac3
 @command
@@ -300,22 +365,25 @@ def revvit_predict(
     views:int=5, # Clips of a video, spread over its length, whose probabilities are averaged
     classes:Path|None=None, # Text file with the names of the classes, one a line
     features:Path|None=None, # NumPy archive (.npz) to write, with the pooled features of each file under its name
-    device:str|None=None, # cpu, cuda, cuda:1, ...; by default the GPU if there is one
+    device:str|None=None, # cpu, cuda, cuda:1, mps, ...; by default the GPU if there is one
     json:bool=False, # Print a JSON list with the probabilities of all classes
 ):
     "Name what is in images and videos, with probabilities in percent."
+    from revvit.device import out_of_memory
     from revvit.inference import _answer, _look, class_names
-    for k,v in (('top',top), ('views',views)):
-        if v<1: raise ValueError(f"{k} must be 1 or more, got {v}")
     if features: _check_out(features)
     m = _model_for(weights, model, classes, device)
     names,code,answers,feats = class_names(m),0,[],{}
     for f in files:
         try: probs,feats[f] = _look(m, f, views)
         except (ValueError, OSError) as e:
+            if out_of_memory(e): raise
             print(f"revvit_predict: {_sentence(e)}", file=sys.stderr)
             code = 2
             continue
+        except (RuntimeError, MemoryError) as e:
+            if full := out_of_memory(e): raise MemoryError(f"{full}, at {f}") from e
+            raise
         answers.append(dict(file=f, **_answer(m, probs)))
         best = sorted(zip(probs.tolist(), names), reverse=True)[:top]
         if not json: print(f"{f}: {', '.join(f'{n} ({100*p:.1f} %)' for p,n in best)}", flush=True)
@@ -334,7 +402,7 @@ def revvit_test(
     views:int=5, # Clips of a video, spread over its length, whose probabilities are averaged
     root:Path|None=None, # Where relative paths in a list of videos start; by default the folder of the list
     classes:Path|None=None, # Text file with the names of the classes, one a line, in the order of the logits
-    device:str|None=None, # cpu, cuda, cuda:1, ...; by default the GPU if there is one
+    device:str|None=None, # cpu, cuda, cuda:1, mps, ...; by default the GPU if there is one
     json:bool=False, # Print a JSON dictionary; top1 and top5 in it are from 0 to 1
 ):
     "Measure the accuracy of a model on images or videos: top-1 and top-5 in percent."

@@ -8,7 +8,7 @@ __all__ = ['digits_cfg', 'image_suffixes', 'video_suffixes', 'rand_augs', 'digit
            'class_items', 'file_faults', 'leave_out', 'image_files', 'train_tfm', 'image_dls', 'shard_dls']
 
 # %% ../nbs/07_images.ipynb #e0cf8ece
-import os, random, traceback, unicodedata, warnings
+import io, os, random, traceback, unicodedata, warnings
 from collections import Counter
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -20,8 +20,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_dataset, create_transform
 from timm.data.auto_augment import RandAugment, posterize
 from fastai.vision.all import (Categorize, DataLoaders, Datasets, IntToFloatTensor, Normalize, RandTransform, TensorImage, TensorImageBW,
-    TfmdDL, Transform, affine_mat, default_device, rotate_mat, zoom_mat)
+    TfmdDL, Transform, affine_mat, rotate_mat, zoom_mat)
 from sklearn.datasets import load_digits
+from .device import out_of_memory, pick_device
 
 # %% ../nbs/07_images.ipynb #e030c83f
 def digits()->tuple: # Images (1797, 8, 8) of 8 bits, and their labels 0 to 9
@@ -69,14 +70,19 @@ def open_image(
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path}: no such image file")
     if path.is_dir(): raise UnreadableFile(f"{path}: a folder, not an image file")
-    if not path.stat().st_size: raise UnreadableFile(f"{path}: the image file is empty (0 bytes)")
+    if path.is_char_device() or path.is_block_device(): raise UnreadableFile(f"{path}: a device, not an image file")
+    source = path if path.is_file() else io.BytesIO(path.read_bytes())   # a pipe is read once, to its end
+    size = path.stat().st_size if source is path else source.getbuffer().nbytes
+    if not size: raise UnreadableFile(f"{path}: the image file is empty (0 bytes)")
     try:
-        with Image.open(path) as im:
+        with Image.open(source) as im:
             ImageOps.exif_transpose(im, in_place=True)
             im.load()
             return _as_mode(im, 'L' if channels==1 else 'RGB')
     except UnidentifiedImageError as e: raise UnreadableFile(f"{path}: not an image, or in no format that Pillow reads") from e
-    except Exception as e: raise UnreadableFile(f"{path}: the image cannot be read: {str(e) or type(e).__name__}") from e
+    except Exception as e:
+        if out_of_memory(e): raise   # the file's fault it is not
+        raise UnreadableFile(f"{path}: the image cannot be read: {str(e) or type(e).__name__}") from e
 
 # %% ../nbs/07_images.ipynb #de3fc9bf
 @contextmanager
@@ -302,7 +308,7 @@ def digits_dls(
     dsets = Datasets(range(len(x)), [[_Pick(x, TensorImageBW)], [_Pick(labels, str), Categorize(vocab=[str(o) for o in range(10)])]],
                      splits=(train.tolist(), held.tolist()))
     tfms = [IntToFloatTensor, DigitJitter() if jitter is None else jitter, Normalize.from_stats(digits_cfg['mean'], digits_cfg['std'], cuda=False)]
-    device = torch.device(default_device() if device is None else device)
+    device = pick_device(device)
     same = dict(bs=bs, num_workers=workers, seed=seed, rank=rank, world=world, after_batch=tfms, device=device)
     return DataLoaders(EpochDL(dsets.train, shuffle=True, drop_last=True, **same), EpochDL(dsets.valid, **same), device=device)
 
@@ -478,7 +484,7 @@ def image_dls(
 )->DataLoaders: # With `vocab`, the class names
     "fastai `DataLoaders` of an ImageNet-style folder"
     if aug and tfm: raise ValueError("aug describes this project's transform, tfm replaces it: give one of the two")
-    path,device = Path(path).expanduser(),torch.device(default_device() if device is None else device)
+    path,device = Path(path).expanduser(),pick_device(device)
     files,held,vocab = image_files(path, train, valid, on_bad, check, allow_shared)
     if not 1<=bs<=len(files)//world: raise ValueError(f"the batch size must be from 1 to the {len(files)//world} training images of a process, got {bs}")
     readers = [_Read(ImageTransform(cfg, tfm or train_tfm(cfg, **(aug or {}))), 0), _Read(ImageTransform(cfg), 1)]
@@ -524,6 +530,6 @@ def shard_dls(
     def dataset(split, tfm, **kwargs): return create_dataset('wds/', root=str(path), split=split, transform=tfm, batch_size=bs, seed=seed, **kwargs)
     ds,held = dataset(train, train_tfm(cfg, **(aug or {})), is_training=True),dataset(valid, ImageTransform(cfg).tfm)
     ds.set_loader_cfg(num_workers=workers)
-    dls = DataLoaders(_ShardDL(ds, bs, seed, num_workers=workers, drop_last=True), _ShardDL(held, bs, seed, num_workers=1), device=device)
+    dls = DataLoaders(_ShardDL(ds, bs, seed, num_workers=workers, drop_last=True), _ShardDL(held, bs, seed, num_workers=1), device=pick_device(device))
     dls.vocab = vocab
     return dls

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.models.video import MViT_V1_B_Weights
 from tqdm import tqdm
 from .images import _some, class_items, image_suffixes, is_hidden, video_suffixes
-from .checkpoints import _compare, _translated, input_settings, load_checkpoint, load_model, read_checkpoint
+from .checkpoints import _check_local, _compare, _translated, input_settings, load_checkpoint, load_model, read_checkpoint
+from .device import pick_device
 from .mvit import RevMViT
 from .vit import RevViT
 
@@ -49,6 +50,7 @@ def _transform(model, views):
 def _views(model, path, views):
     "What `model` sees of a file: (views, C, T, H, W), or an image as (1, C, H, W)"
     from revvit.videos import is_video
+    _check_local(path)
     if _is_clip(model):
         if Path(path).suffix.lower() in image_suffixes: raise ValueError(f"{path}: an image, but the model takes clips of {model.num_frames} frames")
         return _transform(model, views)(path)
@@ -95,18 +97,18 @@ def _fit(path, name, content):
 def _recognise(path, content):
     "Name and number of classes of the model of ours that the tensors in a file fit"
     fits = [(n,k) for n in _ours() for k,fit in [_fit(path, n, content)] if fit]
-    if len(fits)!=1: raise ValueError(f"{path} does not say which model it is for: add its name, one of {', '.join(_ours())}")
+    if len(fits)!=1: raise ValueError(f"{path} does not say which model it is for: add its name (--model), one of {', '.join(_ours())}")
     return fits[0]
 
 # %% ../nbs/09b_inference.ipynb #f9a7ced9
 def _fetch(name):
     "Model `name` with its published weights"
-    if not is_model_pretrained(name): raise ValueError(f"no published weights of {name} are known: give a file of weights")
+    if not is_model_pretrained(name): raise ValueError(f"no published weights of {name} are known: give a file of weights (--weights)")
     try:
         with redirect_stdout(sys.stderr): return timm.create_model(name, pretrained=True)   # PyTorch announces the download on the stream of results
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
         cfg = timm.get_pretrained_cfg(name)
-        raise ConnectionError(f"the weights of {name} could not be had from {cfg.url or cfg.hf_hub_id}: {getattr(e, 'reason', e)}; download the file elsewhere and give it as the file of weights") from e
+        raise ConnectionError(f"the weights of {name} could not be had from {cfg.url or cfg.hf_hub_id}: {getattr(e, 'reason', e)}; download the file elsewhere and give it as the file of weights (--weights)") from e
 
 def _from_file(path, name):
     "The model in a file, ours or a published one"
@@ -129,9 +131,7 @@ def get_model(
 )->nn.Module: # In evaluation mode
     "A model ready to use"
     if name is None and weights is None: raise ValueError("which model? give its name, a file of weights, or both")
-    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    try: torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError) as e: raise ValueError(f"device {str(device)!r} cannot be used: {str(e).splitlines()[0]}") from e
+    device = pick_device(device)
     name = name and model_name(name)
     return (_fetch(name) if weights is None else _from_file(weights, name)).to(device).eval()
 
@@ -140,14 +140,16 @@ def _ready(model_or_name, weights, device):
     "A model as it is, or the one of that name"
     if not isinstance(model_or_name, nn.Module): return get_model(model_or_name, weights, device)
     if weights is not None: raise ValueError("weights go with the name of a model: fill a model of your own with load_checkpoint")
-    return model_or_name if device is None else model_or_name.to(device)
+    return model_or_name if device is None else model_or_name.to(pick_device(device))
+
+def _exact(x): return x.cpu().double()   # on the CPU: Apple's GPU knows no float64
 
 def _look(model, path, views):
     "Probabilities (classes,) and pooled features (num_features,), both float64 and averaged over the views of a file"
     with _evaluating(model):
         tokens = (model.forward_features(o[None]) for o in _to(_views(model, path, views), model))   # one view at a time: memory for one
-        seen = [(model.forward_head(o).double().softmax(1), model.forward_head(o, pre_logits=True).double()) for o in tokens]
-    probs,feats = (torch.cat(o).mean(0).cpu() for o in zip(*seen))
+        seen = [(_exact(model.forward_head(o)).softmax(1), _exact(model.forward_head(o, pre_logits=True))) for o in tokens]
+    probs,feats = (torch.cat(o).mean(0) for o in zip(*seen))
     if feats.ndim>1: raise ValueError("the model does not pool its tokens (global_pool=''), so a file has no single answer: reset_classifier(n, 'avg') changes that")
     if probs.isnan().any(): raise FloatingPointError(f"{path}: the model's output is not a number")
     return probs,feats
@@ -183,9 +185,9 @@ def extract_feat(
 
 # %% ../nbs/09b_inference.ipynb #98f9d06b
 def _log_probs(model, x):
-    "Log-probabilities (B, classes) in float64; `x` is a batch, or one of several views (B, V, C, T, H, W), whose probabilities are averaged"
-    if x.ndim<6: return model(x).double().log_softmax(1)
-    return torch.stack([model(o).double().log_softmax(1) for o in x.unbind(1)]).logsumexp(0) - math.log(x.shape[1])
+    "Log-probabilities (B, classes) in float64 on the CPU; `x` is a batch, or one of several views (B, V, C, T, H, W), whose probabilities are averaged"
+    if x.ndim<6: return _exact(model(x)).log_softmax(1)
+    return torch.stack([_exact(model(o)).log_softmax(1) for o in x.unbind(1)]).logsumexp(0) - math.log(x.shape[1])
 
 def _check_loader(dl):
     "Refuse a loader that does not give every item once"

@@ -102,7 +102,8 @@ def _restore(learn, content):
     mine,theirs = _identity(learn),t['run']
     for k in mine:
         if mine[k]!=theirs.get(k): raise ValueError(f"{content['path']} belongs to another run: its {k} is {theirs.get(k)!r}, here it is {mine[k]!r}")
-    if content['model_args']!=model.model_args: raise ValueError(f"{content['path']} belongs to another model: {content['model_args']}")
+    theirs,mine = ({**o, 'chunk':None} for o in (content['model_args'], model.model_args))   # chunks may change when memory does
+    if theirs!=mine: raise ValueError(f"{content['path']} belongs to another model: {content['model_args']}")
     model.load_state_dict(content['state_dict'])
     learn.create_opt()
     learn.opt.opt.load_state_dict(t['opt'])

@@ -130,7 +130,7 @@ def recipe_dls(
     if recipe.aug: kwargs['aug'] = recipe.aug
     if recipe.data=='digits': return digits_dls(**kwargs)
     if recipe.data=='moving_digits': return moving_digits_dls(folder=path, cfg=recipe.image_cfg, **kwargs)
-    if path is None: raise ValueError(f"the {recipe.data} of this recipe are yours: say where they are")
+    if path is None: raise ValueError(f"the {recipe.data} of this recipe are yours: say where they are (--data)")
     if recipe.data=='images': return image_dls(path, recipe.image_cfg, **kwargs)
     return clip_dls(path, recipe.image_cfg, repeats=recipe.repeats, **kwargs)
 

@@ -19,8 +19,9 @@ from torchvision.models.video import MViT_V1_B_Weights
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from fastai.data.core import get_show_batch_func
-from fastai.vision.all import Categorize, DataLoaders, Datasets, ItemTransform, TensorImageBase, Transform, default_device, get_grid, show_image
+from fastai.vision.all import Categorize, DataLoaders, Datasets, ItemTransform, TensorImageBase, Transform, get_grid, show_image
 from plum import dispatch
+from .device import pick_device
 from .images import EpochDL, UnreadableFile, _allow_zero_bits, _some, digits, file_faults, hold_out, leave_out, naming, video_suffixes
 
 # %% ../nbs/08_videos.ipynb #76bcf177
@@ -37,6 +38,7 @@ def _open(
     "Open a file that holds a video"
     if not path.exists(): raise FileNotFoundError(f"{path}: no such video file")
     if path.is_dir(): raise UnreadableFile(f"{path}: a folder, not a video file")
+    if not path.is_file(): raise UnreadableFile(f"{path}: a pipe or a device, and a video is read at many places: save it as a file first")
     if not path.stat().st_size: raise UnreadableFile(f"{path}: the video file is empty (0 bytes)")
     # the protocol is named because FFmpeg reads "a:b.mp4" as one, and a playlist may not lead elsewhere
     try: c = av.open(f'file:{path}', options=dict(protocol_whitelist='file'), metadata_errors='replace')
@@ -477,7 +479,7 @@ def clip_dls(
     "fastai `DataLoaders` of lists of videos"
     if aug and tfm: raise ValueError("aug describes this project's augmentation, tfm replaces it: give one of the two")
     if repeats<1: raise ValueError(f"repeats must be at least 1, got {repeats}")
-    path,device = Path(path).expanduser(),torch.device(default_device() if device is None else device)
+    path,device = Path(path).expanduser(),pick_device(device)
     files,held,vocab = clip_files(path, train, valid, root, on_bad, check, allow_shared)
     if not 1<=bs<=len(files)//world: raise ValueError(f"the batch size must be from 1 to the {len(files)//world} training videos of a process, got {bs}")
     readers = [_Read(TrainClips(cfg, tfm or ClipAugment(cfg, **(aug or {})), repeats), 0), _Read(_Views(cfg, views), 1)]

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+import revvit
 from revvit import cli
 from revvit.checkpoints import load_model, read_checkpoint, save_checkpoint
 from revvit.images import ImageTransform, digits, hold_out
@@ -89,7 +90,7 @@ def test_installed_commands_refuse(name, args, said, tmp_path):
 
 @pytest.mark.parametrize('args,said', [
     (['--recipe', 'imagenet'], "there is no recipe 'imagenet'; there is: digits"), (['--epochs', '-3'], 'epochs must be a whole number above 0, got -3'),
-    (['--epochs', 'many'], "invalid int value: 'many'"), (['--batch-size', '0'], 'batch_size must be a whole number above 0'), (['--batch_size', '1000000'], '1437 training images'),
+    (['--epochs', 'many'], "invalid int value: 'many'"), (['--batch-size', '0'], '--batch-size must be 1 or more'), (['--batch_size', '1000000'], '1437 training images'),
     (['--lr', 'nan'], 'lr must be a number above 0'), (['--workers', '-1'], 'workers must be 0 or more'), pytest.param(['--amp', 'fp16'], 'needs a CUDA device', marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is a CUDA device')), (['--colour', 'red'], 'unrecognized arguments'),
     (['--weights', 'missing.pth'], 'missing.pth'), (['--weights', 'noise.pth'], 'noise.pth'), (['--out', 'noise.pth/run'], 'noise.pth'), (['--out', '.'], 'not empty')], ids=' '.join)
 def test_train_refuses(args, said, tmp_path, here):
@@ -233,14 +234,14 @@ def test_published_file_without_a_name(zoo, tmp_path, here):
     assert len(a['pred_scores']) == 1000 and a['pred_class'] == timm.data.ImageNetInfo().index_to_description(a['pred_label'])
 
 def test_features_on_a_full_disk(work, tmp_path):
-    "A file that may not grow beyond 100 bytes stands for a full disk: a sentence that names the archive, and the old one as it was"
+    "A file that may not grow beyond 100 bytes stands for a full disk: a sentence that names the archive, and no old one that would look like the answer"
     resource = pytest.importorskip('resource')
     (tmp_path/'f.npz').write_bytes(b'old')
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
     only_sentence(run(work, 'revvit_predict', 'runs/digits/digit_3.png', '--features', tmp_path/'f.npz', preexec_fn=limit), 'f.npz: ')
-    assert [(o.name, o.read_bytes()) for o in tmp_path.iterdir()] == [('f.npz', b'old')]
+    assert not [*tmp_path.iterdir()]
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
@@ -390,6 +391,234 @@ def test_spoilt_training_stops(work, tmp_path, here):
     r = here(tmp_path, 'revvit_train', '--weights', 'nan.pth')
     assert r.returncode == 1 and r.stderr.count('\n') == 1 and r.stderr.startswith('revvit_train: step 1 (epoch 0): parameter head.bias is not finite'), r.stderr
     assert not (tmp_path/'runs/digits/checkpoint.pth').exists()
+
+# Memory that runs out
+
+_small_room = """
+import resource, sys
+from pathlib import Path
+from revvit import cli
+import fastai.vision.all, revvit.training, revvit.resume, revvit.videos, revvit.distributed, matplotlib.figure
+name,mb,*args = sys.argv[1:]
+now = int(Path('/proc/self/statm').read_text().split()[0])*resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now+int(mb)*2**20,)*2)
+sys.exit(getattr(cli, name)(args))
+"""
+
+@pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='needs /proc')
+@pytest.mark.parametrize('name,mb,args,helps', [
+    ('revvit_train', 20, ['--batch-size', '1437', '--epochs', '1', '--out', 'small'], ['in epoch 0 with batches of 1437', 'no epoch was finished', 'a smaller --batch-size', 'a smaller --chunk']),
+    ('revvit_predict', 8, ['noise.png', '--weights', 'wide.pth'], ['fewer --views']), ('revvit_test', 8, ['--data', 'ten', '--weights', 'wide.pth', '--workers', '0'], ['a smaller --batch-size'])])
+def test_no_memory_is_a_sentence(name, mb, args, helps, zoo, tmp_path):
+    "A limit that leaves little beyond what the imports take: a real failure of the allocator, wherever it comes"
+    wide = timm.create_model('revvit_tiny_patch16_224', num_classes=3, img_size=256, patch_size=4, depth=2, embed_dim=48, num_heads=2)
+    save_checkpoint(wide, tmp_path/'wide.pth', class_names=narrow['vit'][2])
+    shutil.copy(zoo/'noise.png', tmp_path)
+    for o in narrow['vit'][2]:
+        (tmp_path/'ten'/o).mkdir(parents=True)
+        shutil.copy(zoo/'noise.png', tmp_path/'ten'/o)
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', _small_room, name, str(mb), *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    only_sentence(r, 'out of memory on the CPU')
+    assert all(o in r.stderr for o in helps) and '--device' not in r.stderr, r.stderr
+
+def _fails(error):
+    "What raises `error`: the allocator's is real"
+    if error != 'allocator': raise error
+    torch.empty(2**50, dtype=torch.uint8)
+
+full_errors = dict(cuda=torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 8 GiB'), allocator='allocator', python=MemoryError(),
+    mps=RuntimeError('MPS backend out of memory (MPS allocated: 8.00 GB). Tried to allocate 256.00 MB on private pool.'), cublas=RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling'), system=OSError(12, 'Cannot allocate memory'))
+
+@pytest.mark.parametrize('kind', full_errors)
+def test_memory_that_runs_out_leaves_checkpoint_and_state(kind, tmp_path, here, monkeypatch):
+    "In the second epoch: one sentence, files as the first epoch left them; and with --resume --chunk the run ends as it would have"
+    line,calls = ['--epochs', 2, '--batch-size', 512, '--out', 'run'],[]
+    def forward(self, x, old=revvit.RevViT.forward):
+        calls.append(x)
+        if len(calls) == 5: _fails(full_errors[kind])   # two steps and one batch of 360 test images each epoch
+        return old(self, x)
+    with monkeypatch.context() as m:
+        m.setattr(revvit.RevViT, 'forward', forward)
+        r = here(tmp_path, 'revvit_train', *line)
+    only_sentence(r, 'in epoch 1 with batches of 512; run/checkpoint.pth holds the model after epoch 0, and the same command with --resume goes on')
+    assert 'a smaller --chunk' in r.stderr and ('on the GPU' in r.stderr) == (kind in ('cuda','mps','cublas')) == ('--device cpu' in r.stderr)
+    assert load_model(tmp_path/'run/checkpoint.pth').num_classes == 10 and (tmp_path/'run/state-1.pth').exists()
+    if kind != 'cuda': return
+    assert here(tmp_path, 'revvit_train', *line, '--resume', '--chunk', 100).returncode == 0
+    assert here(tmp_path, 'revvit_train', *line[:-1], 'whole').returncode == 0
+    for a,b in zip(*(load_model(tmp_path/o/'checkpoint.pth').state_dict().values() for o in ('run', 'whole'))): torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+@pytest.mark.parametrize('kind', ['cuda', 'allocator', 'python'])
+@pytest.mark.parametrize('name', ['revvit_predict', 'revvit_test'])
+def test_memory_that_runs_out_elsewhere(name, kind, zoo, tmp_path, here, monkeypatch):
+    (tmp_path/'ant').mkdir()
+    for o in ('bee', 'cat', 'ant'): (tmp_path/o).mkdir(exist_ok=True); shutil.copy(zoo/'noise.png', tmp_path/o)
+    monkeypatch.setattr(revvit.RevViT, 'forward', lambda self, x: _fails(full_errors[kind]))
+    monkeypatch.setattr(revvit.RevViT, 'forward_features', lambda self, x: _fails(full_errors[kind]))
+    r = here(zoo, name, *(['noise.png'] if name == 'revvit_predict' else ['--data', tmp_path, '--workers', 0]), '--weights', 'vit.pth')
+    only_sentence(r, 'out of memory on the ')
+    assert r.stdout == '' and ('--batch-size' in r.stderr) == (name == 'revvit_test')
+
+def test_memory_that_runs_out_is_no_bad_file(zoo, tmp_path, monkeypatch):
+    "A picture is not counted as unreadable because there was no room for it"
+    from revvit.images import open_image
+    monkeypatch.setattr(Image.Image, 'convert', lambda *args: _fails(MemoryError()))
+    Image.new('L', (8, 8)).save(tmp_path/'grey.png')
+    with pytest.raises(MemoryError): open_image(tmp_path/'grey.png')
+
+# One device policy, and a GPU without float64
+
+@pytest.mark.parametrize('device', ['cuda:99', 'mps', 'tpu', 'cuda:x', 'meta'])
+@pytest.mark.parametrize('name,args', [('revvit_train', []), ('revvit_predict', ['noise.png', '--weights', 'vit.pth']), ('revvit_test', ['--data', '.', '--weights', 'vit.pth'])])
+def test_a_device_that_is_not_there(name, args, device, zoo, here):
+    if device == 'mps' and torch.backends.mps.is_available(): pytest.skip('it is there')
+    before = sorted(zoo.iterdir())
+    only_sentence(here(zoo, name, *args, '--device', device), f"device '{device}' cannot be used: ")
+    assert sorted(zoo.iterdir()) == before
+
+def test_all_pick_the_same_device(zoo, monkeypatch):
+    "On a machine with nothing but Apple's GPU (pretended); loaders, commands and models ask one function, and none picks for itself"
+    from revvit import device, images, inference, videos
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    went = []
+    monkeypatch.setattr(torch.nn.Module, 'to', lambda self, device: went.append(str(device)) or self)
+    inference.get_model(weights=zoo/'vit.pth')
+    assert went == ['mps'] and device.pick_device is images.pick_device is videos.pick_device is inference.pick_device
+    assert not [o.name for o in Path(revvit.__file__).parent.rglob('*.py') if 'default_device' in o.read_text(encoding='utf8')]
+
+class OnTheHost(torch.Tensor):
+    "What `.cpu()` gave, where float64 is welcome"
+
+class NoFloat64(torch.overrides.TorchFunctionMode):
+    "As on Apple's GPU: a float64 tensor cannot be made from what lies there"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.cpu: return args[0].as_subclass(OnTheHost)
+        out,ins = func(*args, **(kwargs or {})),torch.utils._pytree.tree_leaves((args, kwargs))
+        there = any(isinstance(o, torch.Tensor) and not isinstance(o, OnTheHost) and o.dtype == torch.float32 for o in ins)
+        for o in torch.utils._pytree.tree_leaves(out):
+            if there and isinstance(o, torch.Tensor) and o.dtype == torch.float64 and not isinstance(o, OnTheHost): raise TypeError(f'{func}: no float64 on this device')
+        return out
+
+@pytest.mark.parametrize('kind', narrow)
+def test_no_float64_on_the_device(kind, zoo, tmp_path, here):
+    "Prediction, features and testing, of images and of clips; and that the stand-in would notice"
+    file = 'good.mp4' if kind == 'clip' else 'noise.png'
+    for o in narrow[kind][2]: (tmp_path/'d'/o).mkdir(parents=True); shutil.copy(zoo/file, tmp_path/'d'/o)
+    with NoFloat64():
+        with pytest.raises(TypeError): torch.ones(2).double()
+        a = here(zoo, 'revvit_predict', file, '--weights', f'{kind}.pth', '--features', tmp_path/'f.npz', '--views', 2)
+        b = here(zoo, 'revvit_test', '--data', tmp_path/'d', '--weights', f'{kind}.pth', '--workers', 0, '--views', 2)
+    assert (a.returncode, a.stderr, b.returncode, b.stderr) == (0, '', 0, '') and (tmp_path/'f.npz').exists()
+
+@pytest.mark.parametrize('recipe', ['digits', 'rev_vit_s', 'rev_mvit_b', 'rev_mvit_b_16x4'])
+def test_training_makes_no_float64_on_the_device(recipe, zoo, tmp_path, here, monkeypatch):
+    "A run with everything a recipe asks for, averaged weights too, and its test at the end"
+    from dataclasses import replace
+    from revvit.training import recipes
+    r = recipes[recipe]
+    if recipe != 'digits':
+        clip,frames = r.data == 'clips',(4,) if r.data == 'clips' else ()
+        args = dict(embed_dim=24, num_heads=2, depth=2) if 'revvit' in r.model else dict(embed_dim=8, depth=4, stage_starts=(2,))
+        monkeypatch.setitem(recipes, recipe, replace(r, image_cfg={**r.image_cfg, 'input_size': (3,*frames,32,32)}, model_args={**r.model_args, **args}))
+        for part in ('train', 'val'):
+            for c in ('n01440764', 'n01443537'):
+                (tmp_path/part/c).mkdir(parents=True)
+                for i in range(2): shutil.copy(zoo/('good.mp4' if clip else 'noise.png'), tmp_path/part/c/f"{i}.{'mp4' if clip else 'png'}")
+            if clip: (tmp_path/f'{part}.csv').write_text(''.join(f'{part}/{c}/{i}.mp4 {k}\n' for k,c in enumerate(('n01440764', 'n01443537')) for i in range(2)), encoding='utf8')
+    words = ['--epochs', 1, '--average', .9, '--recipe', recipe, '--out', 'run'] + (['--batch-size', 512] if recipe == 'digits' else ['--data', '.', '--batch-size', 2, '--workers', 0])
+    with NoFloat64(): r = here(tmp_path, 'revvit_train', *words)
+    assert r.returncode == 0, r.stderr
+
+# Streams, addresses, flags
+
+@pytest.mark.skipif(not Path('/dev/stdin').exists(), reason='needs /dev/stdin')
+def test_a_picture_from_a_pipe(work, tmp_path, here):
+    "As the shell's `|` and `<` give it, and as a named pipe; an empty pipe, and a device, are said to be that"
+    picture = (work/'runs/digits/digit_3.png').read_bytes()
+    want = here(work, 'revvit_predict', 'runs/digits/digit_3.png').stdout.split(': ')[1]
+    said = subprocess.run([script('revvit_predict'), '/dev/stdin', '/dev/null'], cwd=work, env=env, input=picture, capture_output=True, timeout=300)
+    assert said.stdout.decode() == f'/dev/stdin: {want}' and said.stderr == b'revvit_predict: /dev/null: a device, not an image file\n' and said.returncode == 2
+    os.mkfifo(tmp_path/'pipe')
+    for data in (picture, b''):
+        writer = subprocess.Popen([sys.executable, '-c', f"open({str(tmp_path/'pipe')!r}, 'wb').write({data!r})"])
+        r = here(work, 'revvit_predict', tmp_path/'pipe')
+        assert writer.wait(30) == 0
+        if data: assert (r.returncode, r.stdout) == (0, f"{tmp_path/'pipe'}: {want}")
+        else: only_sentence(r, 'pipe: the image file is empty (0 bytes)')
+
+def test_a_video_or_weights_from_a_pipe(zoo, tmp_path, here):
+    os.mkfifo(tmp_path/'pipe.mp4')
+    only_sentence(here(zoo, 'revvit_predict', tmp_path/'pipe.mp4', '--weights', 'clip.pth'), 'pipe.mp4: a pipe or a device, and a video is read at many places: save it as a file first')
+    only_sentence(here(zoo, 'revvit_predict', 'noise.png', '--weights', tmp_path/'pipe.mp4'), 'it is a pipe or a device, save what comes out of it as a file first')
+
+@pytest.mark.parametrize('address', ['https://x.org/a.png', 'http://x.org/b.mp4', 's3://bucket/c', 'ftp://x/y'])
+def test_addresses_are_not_read(address, zoo, tmp_path, here):
+    "The whole address in the sentence, for each flag that takes a path; a good file beside a bad one is answered"
+    for name,args in (('revvit_predict', ['noise.png', '--weights', address]), ('revvit_predict', ['noise.png', '--weights', 'vit.pth', '--classes', address]), ('revvit_test', ['--data', address, '--weights', 'vit.pth']),
+                      ('revvit_train', ['--data', address, '--recipe', 'rev_vit_s']), ('revvit_train', ['--weights', address]), ('revvit_train', ['--out', address])):
+        only_sentence(here(zoo, name, *args), f'cannot read {address}: addresses are not read, download the file first')
+    r = here(zoo, 'revvit_predict', address, 'noise.png', '--weights', 'vit.pth')
+    only_sentence(r, f'cannot read {address}: addresses are not read')
+    assert r.stdout.startswith('noise.png: ')
+
+@pytest.mark.parametrize('name,args,flag', [
+    ('revvit_train', '--on-bad foo', '--on-bad must be raise or skip, got \'foo\''), ('revvit_train', '--new-head', '--new-head goes with --weights'), ('revvit_train', '--new-size', '--new-size goes with --weights'),
+    ('revvit_train', '--batch-size 0', '--batch-size'), ('revvit_train', '--epochs 0', '--epochs'), ('revvit_train', '--lr -1', '--lr'), ('revvit_train', '--average 2', '--average'), ('revvit_train', '--amp bf61', '--amp must be'),
+    ('revvit_train', '--save-steps 0', '--save-steps'), ('revvit_train', '--threads 0', '--threads'), ('revvit_train', '--workers -2', '--workers'), ('revvit_train', '--seed -2', '--seed'), ('revvit_train', '--chunk 0', '--chunk'),
+    ('revvit_train', '--amp fp16 --device cpu', "--amp 'fp16' needs"), ('revvit_train', '--weights seven.pth', '; --new-head leaves the model\'s classifier'), ('revvit_train', '--weights large.pth', '; --new-size resamples'),
+    ('revvit_train', '--recipe rev_vit_s', '--data'), ('revvit_train', '--recipe rev_vit_s --root x --data .', '--root is for'), ('revvit_predict', 'noise.png --top 0', '--top'), ('revvit_predict', 'noise.png --views 0', '--views'),
+    ('revvit_predict', 'noise.png --weights odd.pth', '--model'), ('revvit_predict', 'noise.png --model revvit_tiny_patch16_224', '--weights'), ('revvit_test', '--data . --batch-size 0', '--batch-size'), ('revvit_test', '--data . --workers -1', '--workers')], ids=str)
+def test_messages_name_flags(name, args, flag, zoo, tmp_path, here):
+    "What a command says is in the words of the command line, and nothing was begun"
+    from revvit.training import recipe_model, recipes
+    save_checkpoint(recipe_model(recipes['digits'], 7), tmp_path/'seven.pth')
+    save_checkpoint(timm.create_model('revvit_tiny_patch16_224', **{**recipes['digits'].model_args, 'in_chans': 1, 'img_size': 32, 'num_classes': 10}), tmp_path/'large.pth')
+    torch.save(timm.create_model('revvit_tiny_patch16_224', embed_dim=24, num_heads=2, depth=3).state_dict(), tmp_path/'odd.pth')
+    shutil.copy(zoo/'noise.png', tmp_path)
+    before = sorted(tmp_path.rglob('*'))
+    r = here(tmp_path, name, *args.split())
+    only_sentence(r, flag)
+    assert not re.search(r'(?<![\w-])(batch_size|new_head|new_size|save_steps|on_bad)\b|=(True|False|None)', r.stderr), r.stderr
+    assert sorted(tmp_path.rglob('*')) == before
+
+@pytest.mark.parametrize('args', [['missing.png'], ['missing.png', 'gone.png'], ['noise.png', '--weights', 'no.pth'], ['noise.png', '--weights', 'vit.pth', '--classes', 'no.txt'], ['noise.png', '--weights', 'vit.pth', '--device', 'tpu']], ids=' '.join)
+def test_no_old_features_after_a_failure(args, zoo, tmp_path, here):
+    (tmp_path/'f.npz').write_bytes(b'of another run')
+    r = here(zoo, 'revvit_predict', *args, *([] if '--weights' in args else ['--weights', 'vit.pth']), '--features', tmp_path/'f.npz')
+    assert r.returncode == 2 and not [*tmp_path.iterdir()]
+
+def test_features_do_not_replace_another_kind_of_file(zoo, here):
+    "A slip of the hand would cost the picture"
+    before = (zoo/'noise.png').read_bytes()
+    only_sentence(here(zoo, 'revvit_predict', 'noise.png', '--weights', 'vit.pth', '--features', 'noise.png'), 'noise.png: there is such a file, and its name does not end in .npz')
+    assert (zoo/'noise.png').read_bytes() == before
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGINT') or os.name != 'posix', reason='signals are those of POSIX')
+@pytest.mark.parametrize('name,swallow', [('revvit_train', False), ('revvit_predict', True), ('revvit_test', False)])
+def test_ctrl_c_while_importing(name, swallow, tmp_path):
+    "A package that takes long to import, and one that catches everything: exit code 130 and one sentence"
+    wait = f"open({str(tmp_path/'here')!r}, 'w').close(); time.sleep(60)"
+    (tmp_path/'timm').mkdir()
+    (tmp_path/'timm/__init__.py').write_text(f"import time\ntry: {wait}\nexcept BaseException: raise ImportError('no timm')\n" if swallow else f"import time; {wait}")
+    path = os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[1])])
+    p = subprocess.Popen([script(name)], cwd=tmp_path, env={**env, 'PYTHONPATH': path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic()+60
+    while not (tmp_path/'here').exists() and p.poll() is None and time.monotonic() < end: time.sleep(.02)
+    p.send_signal(signal.SIGINT)
+    out,err = p.communicate(timeout=30)
+    assert (p.returncode, out, err) == (130, '', f'{name}: interrupted\n')
+
+@pytest.mark.skipif(os.name != 'posix', reason='pipes are those of POSIX')
+@pytest.mark.parametrize('name,args', [('revvit_predict', ['runs/digits/digit_3.png']*50), ('revvit_train', ['--epochs', '1', '--batch-size', '512', '--out'])], ids=['predict', 'train'])
+def test_a_reader_that_leaves(name, args, work, tmp_path):
+    "`| head -1`: nothing is said, and the exit code is that of a program in a pipe"
+    args = args+[str(tmp_path/'run')] if name == 'revvit_train' else args
+    p = subprocess.Popen([script(name), *args], cwd=work, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert p.stdout.readline()
+    p.stdout.close()
+    err = p.stderr.read()
+    assert (p.wait(120), err) == (141, '')
 
 def test_importing_revvit_is_light(tmp_path):
     "fastai, matplotlib and scikit-learn are loaded by those who train, not by those who only want a model"
