@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['chunk_size', 'ReversibleBlock', 'ReversibleSequence']
 
-# %% ../nbs/01_engine.ipynb #32cae519
+# %% ../nbs/01_engine.ipynb #5c9f2caa
 import torch, warnings
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -18,7 +18,7 @@ from .coupling import _about, _alike, couple, uncouple
 from .core.replay import *
 from .core.exact import *
 
-# %% ../nbs/01_engine.ipynb #6a57d34a
+# %% ../nbs/01_engine.ipynb #aa0cf009
 def chunk_size(
     x:torch.Tensor, # A stream, images first and channels last
     rows:int|None=None, # Rows wanted at a time; by default 1,600 on a CPU, elsewhere what half a gigabyte holds
@@ -27,7 +27,7 @@ def chunk_size(
     if rows is None: rows = 1600 if x.device.type=='cpu' else max(1, 2**29//(64*x.shape[-1]))
     return max(1, rows*x.shape[-1]*len(x)//max(1, x.numel()))
 
-# %% ../nbs/01_engine.ipynb #b06ce656
+# %% ../nbs/01_engine.ipynb #5bb85df3
 def _find(m): return lambda o: next((n for n,c in m.named_modules() if c is o), '') or 'itself'
 
 def _refuse_statistics(name, modules, find):
@@ -51,7 +51,7 @@ def _refuse(name, m):
             raise ValueError(f"{name} holds a lazy module {where} that has no weights yet: call it once on its own first")
     _refuse_statistics(name, m.modules(), _find(m))
 
-# %% ../nbs/01_engine.ipynb #ebf08163
+# %% ../nbs/01_engine.ipynb #91fd71dd
 class _Fused(Call):
     "A call whose module brings its own backward pass"
     def __init__(self, kernel, *args, **kwargs):
@@ -93,7 +93,7 @@ def _call(m, name, x, chunk, rows=None, scale=1.):
     if m.training: _refuse_statistics(name, record.modules, _find(m))   # it may have been put there since
     return Call(record, name, x, chunk, rows, scale)
 
-# %% ../nbs/01_engine.ipynb #2ee4679b
+# %% ../nbs/01_engine.ipynb #f3a8836b
 def _leave(x, before):
     "If somebody kept a view of `x`, leave them its memory, and go on in other"
     kept = users(x)>before
@@ -109,7 +109,7 @@ def _half(call, src, dst, exact):
         warnings.warn(f"{call.name} or a hook on it keeps its input: it is left a copy, through which no gradient flows; "
                       "forward_intermediates or set_reversible(False) gives one that has a gradient", RuntimeWarning)
 
-# %% ../nbs/01_engine.ipynb #f3385b63
+# %% ../nbs/01_engine.ipynb #25b5f860
 def _own(g, taken):
     "`g`, or a copy if its memory serves other tensors (`taken`) or several of its own elements"
     s = g.untyped_storage()
@@ -140,7 +140,7 @@ def _half_back(call, src, dst, dsrc, ddst, needs, exact, used=True):
     _leave(src, before)
     return acc,fed
 
-# %% ../nbs/01_engine.ipynb #50c5f05d
+# %% ../nbs/01_engine.ipynb #9673d140
 class ReversibleBlock(nn.Module):
     "Two-stream residual block: `y1 = x1 + f(x2)`, then `y2 = x2 + g(y1)`"
     def __init__(self,
@@ -163,7 +163,7 @@ class ReversibleBlock(nn.Module):
 
     def extra_repr(self): return f'drop_path={self.drop_path}, shared_drop_path={self.shared_drop_path}'
 
-# %% ../nbs/01_engine.ipynb #a18f677a
+# %% ../nbs/01_engine.ipynb #e7feaf62
 @patch
 def _survivors(self:ReversibleBlock,
     x:torch.Tensor, # A stream, images first
@@ -176,7 +176,7 @@ def _survivors(self:ReversibleBlock,
         rows = [(o.pin_memory() if x.is_cuda else o).to(x.device, non_blocking=True) for o in rows]
     return rows[0],rows[-1]
 
-# %% ../nbs/01_engine.ipynb #d82c400c
+# %% ../nbs/01_engine.ipynb #0f9c4ec3
 def _in_parts(m, xs, chunk, exact):
     "`m` of a few images at a time, as the reversible mode computes it"
     enter,parts,outs = same_autocast(xs[0].device),equal_parts(len(xs[0]), chunk),[]
@@ -189,7 +189,7 @@ def _in_parts(m, xs, chunk, exact):
 def _stored(m, xs, chunk, exact):
     "`m(*xs)`, in the parts of the reversible mode where numbers depend on them"
     if torch.compiler.is_compiling() or not torch.is_grad_enabled(): return m(*xs)
-    n = len(xs[0])
+    n,chunk = len(xs[0]),chunk or chunk_size(xs[0])
     if exact or n>chunk and draws(m, lambda: m(*(x[:chunk] for x in xs)), xs[0].device): return _in_parts(m, xs, chunk, exact)
     return m(*xs)
 
@@ -198,12 +198,14 @@ class _Half:
     def __init__(self, m, rows, scale, chunk, exact):
         self.m,self.rows,self.scale,self.chunk,self.exact = m,rows,scale,chunk,exact
     def __call__(self, x):
-        (part,),n = ((x,),len(x)) if self.rows is None else take((x,), self.rows)
-        o = _stored(self.m, (part,), self.chunk or chunk_size(x), self.exact)
-        if self.rows is not None: o = o.new_zeros(x.shape).index_add(0, self.rows, (o if n else o[:0])*self.scale)
+        if self.rows is None: o = _stored(self.m, (x,), self.chunk, self.exact)
+        else:
+            (part,),n = take((x,), self.rows)
+            o = _stored(self.m, (part,), self.chunk or chunk_size(x), self.exact)
+            o = o.new_zeros(x.shape).index_add(0, self.rows, (o if n else o[:0])*self.scale)
         return Snap.apply(o, x.dtype) if self.exact else o
 
-# %% ../nbs/01_engine.ipynb #d6b2245e
+# %% ../nbs/01_engine.ipynb #8b0df977
 @patch
 def forward(self:ReversibleBlock,
     x1:torch.Tensor, # First stream
@@ -229,7 +231,7 @@ def inverse(self:ReversibleBlock,
         raise RuntimeError("drop path or dropout is on, and the inverse does not know what it drew: call eval() first")
     return xs
 
-# %% ../nbs/01_engine.ipynb #336bf3db
+# %% ../nbs/01_engine.ipynb #b7431cf3
 class _Tape:
     "The two streams on their way back; one for each run forwards"
     def __init__(self, name, exact, amp, fresh, params, last):
@@ -273,7 +275,7 @@ class _Tape:
             self.clear()
             raise
 
-# %% ../nbs/01_engine.ipynb #0a19ea7d
+# %% ../nbs/01_engine.ipynb #7937041c
 class _Enter(Function):
     "Start of a run: streams of its own"
     @staticmethod
@@ -327,7 +329,7 @@ class _Exit(Function):
         ctx.tape.load(*ctx.saved_tensors, (d1,d2))
         return *(d if d is None else d.clone(memory_format=torch.contiguous_format) for d in (d1,d2)),None
 
-# %% ../nbs/01_engine.ipynb #2c2528d9
+# %% ../nbs/01_engine.ipynb #dc4eceb8
 class _Tail(Function):
     "End of a run through a module of both streams"
     @staticmethod
@@ -371,7 +373,7 @@ def _tail_back(call, y1, y2, d, needs, start):
     if errors: start.compare(torch.cat(errors[::-1]))
     return *ds,acc
 
-# %% ../nbs/01_engine.ipynb #a672af47
+# %% ../nbs/01_engine.ipynb #665a3b98
 class ReversibleSequence(nn.ModuleList):
     "Blocks one after another, their activations rebuilt instead of stored"
     def __init__(self,
@@ -396,7 +398,7 @@ class ReversibleSequence(nn.ModuleList):
         if isinstance(i, slice): part.chunk,part.reversible,part.exact,part.name = self.chunk,self.reversible,self.exact,self.name
         return part
 
-# %% ../nbs/01_engine.ipynb #c06ee222
+# %% ../nbs/01_engine.ipynb #a2cafe1d
 @patch
 def _calls(self:ReversibleBlock, i, x, chunk):
     "`f` and `g` of the `i`-th block as calls on images like `x`, with drop path drawn"
@@ -417,7 +419,7 @@ def _run(self:ReversibleSequence, blocks, x1, x2, tail, tape):
     tape.params += call.params
     return _Tail.apply(x1, x2, tape, call, *call.params)
 
-# %% ../nbs/01_engine.ipynb #993c7441
+# %% ../nbs/01_engine.ipynb #261f6841
 _BLOCK_FORWARD = ReversibleBlock.forward
 
 def _why_stored(block):
@@ -444,7 +446,7 @@ def _run_stored(block, i, why, xs):
                   "of activations that would be rebuilt", RuntimeWarning)
     return out
 
-# %% ../nbs/01_engine.ipynb #cd9bba60
+# %% ../nbs/01_engine.ipynb #b0ef6c4f
 def _span(blocks):
     "What messages call a run"
     if not blocks: return 'a tail alone'
@@ -472,7 +474,7 @@ def _reverse(self:ReversibleSequence, x1, x2, tail, exact):
 @patch
 def _store(self:ReversibleSequence, x1, x2, tail, exact):
     "All blocks by ordinary autograd"
-    chunk,snapped = self.chunk or chunk_size(x1),False
+    chunk,snapped = self.chunk,False
     for b in self:
         if torch.compiler.is_compiling() or _why_stored(b) is not None: (x1,x2),snapped = b(x1, x2),False
         else:
@@ -480,7 +482,7 @@ def _store(self:ReversibleSequence, x1, x2, tail, exact):
             x1,x2 = b.forward(x1, x2, chunk, exact)
     return (x1,x2) if tail is None else _stored(tail, (x1,x2), chunk, exact)
 
-# %% ../nbs/01_engine.ipynb #95960f15
+# %% ../nbs/01_engine.ipynb #c75c9473
 @patch
 def _reverses(self:ReversibleSequence, x1, x2, tail):
     "Is there a backward pass to save memory for?"

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['GRID', 'grid', 'Snap', 'add_', 'self_check', 'set_self_check', 'Start', 'hear']
 
-# %% ../../nbs/core/01_exact.ipynb #196f5d99
+# %% ../../nbs/core/01_exact.ipynb #44f70dd1
 import torch, warnings
 from functools import lru_cache, partial
 from torch.autograd import Function
 
-# %% ../../nbs/core/01_exact.ipynb #fcd4a5ff
+# %% ../../nbs/core/01_exact.ipynb #bdcb8053
 GRID = {torch.float32: 2.**14, torch.float64: 2.**43}
 
 def grid(
@@ -29,7 +29,7 @@ class Snap(Function):
     @staticmethod
     def backward(ctx, d): return d.to(ctx.dtype),None
 
-# %% ../../nbs/core/01_exact.ipynb #805e209d
+# %% ../../nbs/core/01_exact.ipynb #ec985e13
 def add_(
     x:torch.Tensor, # A stream; changed
     rows, # Slice or indices of images
@@ -42,7 +42,7 @@ def add_(
     if isinstance(rows, slice): x[rows].add_(o, alpha=sign)
     else: x.index_add_(0, rows, o.to(x.dtype), alpha=sign)
 
-# %% ../../nbs/core/01_exact.ipynb #b2477cc7
+# %% ../../nbs/core/01_exact.ipynb #243726ae
 _CHECKS = ('warn','error','off')
 _check = ['warn']
 
@@ -71,7 +71,7 @@ def _numbers(x, exact):
     bits = x.flatten(1).view(torch.int32 if x.dtype==torch.float32 else torch.int64).sum(1) if exact else None
     return torch.stack(out),bits
 
-# %% ../../nbs/core/01_exact.ipynb #7bacab39
+# %% ../../nbs/core/01_exact.ipynb #6a6c42bd
 class Start:
     "What streams were when they were first computed"
     def __init__(self,
@@ -100,7 +100,7 @@ class Start:
         if e.device.type!='cpu' and self_check()!='error': _later(e, self.message)
         else: _say(self.message(e))
 
-# %% ../../nbs/core/01_exact.ipynb #cb585c6f
+# %% ../../nbs/core/01_exact.ipynb #f86f3817
 _REASONS = ("a state, mode or context that changed, a kernel that does not repeat itself, or rounding errors that grew, which revvit.testing.drift measures block by block")
 
 def _message(self, e):
@@ -118,7 +118,7 @@ def _say(said):
     if said and self_check()=='error': raise RuntimeError(said)
     if said and self_check()=='warn': warnings.warn(said, RuntimeWarning, stacklevel=2)
 
-# %% ../../nbs/core/01_exact.ipynb #8b0860d3
+# %% ../../nbs/core/01_exact.ipynb #3954d8cc
 _waiting = []   # what a device has not answered yet
 
 def _later(e, message):

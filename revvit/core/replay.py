@@ -8,7 +8,7 @@ __all__ = ['graph_task', 'keeps_graph', 'private', 'is_batched', 'transforming',
            'may_draw', 'drew', 'draws', 'amp_dtype', 'same_autocast', 'Record', 'Lend', 'lent_now', 'equal_parts',
            'take', 'Call', 'listened_to', 'recompute']
 
-# %% ../../nbs/core/02_replay.ipynb #986db578
+# %% ../../nbs/core/02_replay.ipynb #d405a9f7
 import gc, threading, torch, warnings, weakref
 from contextlib import nullcontext
 from functools import partial
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from ..coupling import _about, _checked
 from .exact import Start, self_check
 
-# %% ../../nbs/core/02_replay.ipynb #4ef9a566
+# %% ../../nbs/core/02_replay.ipynb #4d0ec9a4
 def private(
     path:str, # Dotted name, from `torch` on
 ): # What it names
@@ -32,7 +32,7 @@ def private(
         o = getattr(o, name)
     return o
 
-# %% ../../nbs/core/02_replay.ipynb #172dee4b
+# %% ../../nbs/core/02_replay.ipynb #6572b61b
 graph_task = private('torch._C._current_graph_task_id')
 keeps_graph = private('torch._C._autograd._get_current_graph_task_keep_graph')
 _batched = [private(f'torch._C._functorch.is_{o}batchedtensor') for o in ('','legacy_')]
@@ -43,7 +43,7 @@ _function_modes = private('torch._C._len_torch_function_stack')
 _use_count = private('torch._C._storage_Use_Count')
 _global_hooks = private('torch.nn.modules.module._has_any_global_hook')
 
-# %% ../../nbs/core/02_replay.ipynb #0c5b044d
+# %% ../../nbs/core/02_replay.ipynb #0bff88ef
 def is_batched(t:torch.Tensor)->bool:
     "Is `t` one tensor for many, as in a vectorised backward pass?"
     return any(o(t) for o in _batched)
@@ -70,7 +70,7 @@ def users(
     "How many tensors share the memory of `t`"
     return _use_count(t.untyped_storage()._cdata)
 
-# %% ../../nbs/core/02_replay.ipynb #7c25076d
+# %% ../../nbs/core/02_replay.ipynb #969ffc07
 def rng_states(
     device:torch.device, # Where a computation runs
 )->list: # Of the CPU's generator, and of the device's own
@@ -95,7 +95,7 @@ def rng_moved(
     "Has anybody drawn since the generators were at `states`?"
     return not all(torch.equal(a, b) for a,b in zip(states, rng_states(device)))
 
-# %% ../../nbs/core/02_replay.ipynb #480a231c
+# %% ../../nbs/core/02_replay.ipynb #cd98c682
 class Watch(TorchDispatchMode):
     "Notes whether operations of this thread draw random numbers, and what they compute from `roots`, without keeping it"
     def __init__(self, device, roots=()):
@@ -139,7 +139,7 @@ def unknown(
 
 def learn(m, watch): (_drawing if watch.drew else _quiet).add(m)
 
-# %% ../../nbs/core/02_replay.ipynb #86f39eb5
+# %% ../../nbs/core/02_replay.ipynb #371222db
 def _rate(o):
     "Dropout rate of a layer, if it is one"
     if isinstance(o, nn.modules.dropout._DropoutNd): return o.p
@@ -180,7 +180,7 @@ def draws(
     learn(m, watch)
     return watch.drew
 
-# %% ../../nbs/core/02_replay.ipynb #99c7913c
+# %% ../../nbs/core/02_replay.ipynb #b523cd04
 def amp_dtype(
     device:torch.device, # Where a computation runs
 ): # What autocast computes in there; None if it is off
@@ -196,7 +196,7 @@ def same_autocast(
     if not torch.amp.is_autocast_available(t): return nullcontext
     return partial(torch.autocast, t, torch.get_autocast_dtype(t), torch.is_autocast_enabled(t), False)
 
-# %% ../../nbs/core/02_replay.ipynb #bd1bfa9a
+# %% ../../nbs/core/02_replay.ipynb #f86618b0
 def _state(t):
     "What changes when the tensor `t` is written to, or given other memory"
     return t.untyped_storage()._cdata,0 if t.is_inference() else t._version
@@ -220,7 +220,7 @@ class Record:
         path = next((n for n,o in self.m.named_modules() if o is owner), '')
         return f'{path}.{key}' if path else key
 
-# %% ../../nbs/core/02_replay.ipynb #3953bc38
+# %% ../../nbs/core/02_replay.ipynb #38736ca6
 @patch
 def changed(self:Record):
     "Name of a weight or buffer that is no longer what it was, if any"
@@ -247,7 +247,7 @@ def check_layers(self:Record, name:str):
     if len(now)!=len(self.modules) or any(a is not b for a,b in zip(now, self.modules)):
         raise RuntimeError(f"layers of {name} were replaced, added or removed between forward and backward: change them after it, or call set_reversible(False)")
 
-# %% ../../nbs/core/02_replay.ipynb #622a1e3b
+# %% ../../nbs/core/02_replay.ipynb #90f6d05e
 class Lend(TorchFunctionMode):
     "Functions of PyTorch that are given one of `pairs` get the other"
     now = threading.local()
@@ -274,7 +274,7 @@ class Lend(TorchFunctionMode):
 
 def lent_now(): return getattr(Lend.now, 'pairs', [])
 
-# %% ../../nbs/core/02_replay.ipynb #06060981
+# %% ../../nbs/core/02_replay.ipynb #96f72bb3
 def equal_parts(
     n:int, # Images
     chunk:int, # Most of them at a time
@@ -284,7 +284,7 @@ def equal_parts(
     ends = [n*i//k for i in range(k+1)]
     return [slice(a, b) for a,b in zip(ends, ends[1:])]
 
-# %% ../../nbs/core/02_replay.ipynb #d2fdae67
+# %% ../../nbs/core/02_replay.ipynb #0aead96d
 def take(
     xs, # Tensors, images first
     rows, # Indices or slice
@@ -313,7 +313,7 @@ class Call:
 
     def scaled(self, o): return o if self.scale==1 else o*self.scale
 
-# %% ../../nbs/core/02_replay.ipynb #e5e6f866
+# %% ../../nbs/core/02_replay.ipynb #ecd54b69
 def _is_torchs(hook): return any((getattr(o, '__module__', None) or '').startswith('torch.') for o in (hook, type(hook)))
 
 def listened_to(
@@ -322,7 +322,7 @@ def listened_to(
     "Did somebody but PyTorch itself register hooks on them?"
     return any(not _is_torchs(h) for o in modules for hooks in (o._forward_hooks,o._forward_pre_hooks) for h in hooks.values())
 
-# %% ../../nbs/core/02_replay.ipynb #3052d50a
+# %% ../../nbs/core/02_replay.ipynb #20e26450
 @patch
 def run(self:Call, xs, rows):
     "The module's output for the images `rows`, before it is scaled"
@@ -353,7 +353,7 @@ def each(self:Call, *xs):
         raise RuntimeError(f"{self.name} changed '{b}' in the forward pass, and would do so again when it is repeated: "
                            "use a layer without running statistics, or call set_reversible(False)")
 
-# %% ../../nbs/core/02_replay.ipynb #51cd8625
+# %% ../../nbs/core/02_replay.ipynb #f3c22ca3
 def _unregistered_tensor(o, known):
     "A tensor that the gradient of `o` flows to and that is not in `known`, if any"
     todo,seen,known = [o.grad_fn],set(),{id(k) for k in known}
@@ -410,7 +410,7 @@ def vjp(self:Call, i, xs, d):
 @patch
 def done(self:Call): self.wanted = self.lend = None
 
-# %% ../../nbs/core/02_replay.ipynb #4e7894bb
+# %% ../../nbs/core/02_replay.ipynb #13829e1c
 class _Twice:
     "`fn(m, *args)`, the second time as the first"
     def __init__(self, fn, m, x): self.fn,self.m,self.device,self.record,self.states,self.start = fn,m,x.device,None,None,None

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['ORIGINAL', 'FusedHalf', 'FusedMlp', 'FusedAttention', 'untouched', 'product_dtype']
 
-# %% ../../nbs/models/10a_fused.ipynb #7ab10352
+# %% ../../nbs/models/10a_fused.ipynb #9b1babb9
 import torch
 from torch import nn
 from torch.nn import functional as F
 from timm.layers import Attention, Mlp
 from ..core.replay import amp_dtype, function_modes, global_hooks
 
-# %% ../../nbs/models/10a_fused.ipynb #acd79c06
+# %% ../../nbs/models/10a_fused.ipynb #410bda8c
 _ops = torch.ops.aten
 
 class FusedHalf:
@@ -50,7 +50,7 @@ class FusedHalf:
         gw = (d.t() @ h).to(dtype)
         return [gw] if bias is None else [gw, d.sum(0).to(dtype)]
 
-# %% ../../nbs/models/10a_fused.ipynb #3c8fb8fd
+# %% ../../nbs/models/10a_fused.ipynb #a7680b0d
 class FusedMlp(FusedHalf):
     "LayerNorm, linear layer, GELU, linear layer"
     def forward(self, x):
@@ -73,7 +73,7 @@ class FusedMlp(FusedHalf):
         gx,*gn = self.unnormed(x, torch.mm(u, w1, out=h), mean, rstd)
         return o.view(x.shape),gx,[*gn,*g1,*g2]
 
-# %% ../../nbs/models/10a_fused.ipynb #22a696ee
+# %% ../../nbs/models/10a_fused.ipynb #9085f016
 class FusedAttention(FusedHalf):
     "LayerNorm, multi-head self-attention"
     def __init__(self, norm, qkv, proj, dtype,
@@ -111,7 +111,7 @@ class FusedAttention(FusedHalf):
         gx,*gn = self.unnormed(x, torch.mm(g, w, out=h), mean, rstd)
         return o.view(x.shape),gx,[*gn,*g1,*g2]
 
-# %% ../../nbs/models/10a_fused.ipynb #21775628
+# %% ../../nbs/models/10a_fused.ipynb #c77bbe90
 ORIGINAL = {k:k.forward for k in (nn.LayerNorm, nn.Linear, nn.Conv2d, nn.Conv3d, nn.Identity, nn.Dropout, nn.GELU, Attention, Mlp)}
 
 _CALL,_FUNCTIONS = nn.Module.__call__,(F.linear, F.layer_norm, F.gelu, F.scaled_dot_product_attention, F.dropout, F.conv2d, F.conv3d)
