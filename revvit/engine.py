@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['chunk_size', 'ReversibleBlock', 'ReversibleSequence']
 
-# %% ../nbs/01_engine.ipynb #5c9f2caa
+# %% ../nbs/01_engine.ipynb #b080f55c
 import torch, warnings
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -17,8 +17,9 @@ from torch.autograd import Function
 from .coupling import _about, _alike, couple, uncouple
 from .core.replay import *
 from .core.exact import *
+from .core.dial import Plan, check_keep, spend, stored_bytes
 
-# %% ../nbs/01_engine.ipynb #aa0cf009
+# %% ../nbs/01_engine.ipynb #a8cdaa4b
 def chunk_size(
     x:torch.Tensor, # A stream, images first and channels last
     rows:int|None=None, # Rows wanted at a time; by default 1,600 on a CPU, elsewhere what half a gigabyte holds
@@ -27,7 +28,7 @@ def chunk_size(
     if rows is None: rows = 1600 if x.device.type=='cpu' else max(1, 2**29//(64*x.shape[-1]))
     return max(1, rows*x.shape[-1]*len(x)//max(1, x.numel()))
 
-# %% ../nbs/01_engine.ipynb #5bb85df3
+# %% ../nbs/01_engine.ipynb #ac668890
 def _find(m): return lambda o: next((n for n,c in m.named_modules() if c is o), '') or 'itself'
 
 def _refuse_statistics(name, modules, find):
@@ -51,49 +52,48 @@ def _refuse(name, m):
             raise ValueError(f"{name} holds a lazy module {where} that has no weights yet: call it once on its own first")
     _refuse_statistics(name, m.modules(), _find(m))
 
-# %% ../nbs/01_engine.ipynb #91fd71dd
+# %% ../nbs/01_engine.ipynb #21fd6356
 class _Fused(Call):
     "A call whose module brings its own backward pass"
     def __init__(self, kernel, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.kernel,at = kernel,{id(p):i for i,p in enumerate(self.params)}
         self.where = [at[id(p)] for p in kernel.params]
-        self.off = partial(torch.autocast, self.device.type, enabled=False) if amp_dtype(self.device) else nullcontext
 
     def each(self, x):
         self.kernel.begin()
         for rows in self.parts:
-            (part,),n = take((x.detach(),), rows)
+            (part,),n = take((x,), rows)
             if not n: continue
-            with self.off(): o = self.kernel.forward(part)
-            yield rows,self.scaled(o)
+            yield rows,self.scaled(self.kernel.forward(part))
         self.kernel.end()
 
     def prepare(self, needs):
         self.record.check(self.name)
         self.kernel.begin()
-        self.wanted = needs
+        amp,self.wanted = amp_dtype(self.device),needs
+        self.off = nullcontext if amp in (None,self.kernel.dtype) else partial(torch.autocast, self.device.type, enabled=False)
 
-    def vjp(self, i, xs, d):
-        (part,),n = take(xs, self.parts[i])
-        if not n: return part[:0],[part[:0]],[torch.zeros_like(p) if w else None for p,w in zip(self.params, self.wanted)]
-        with self.off(): o,gx,grads = self.kernel.vjp(part, self.scaled(d.to(self.kernel.dtype)))
+    def vjp(self, i, xs, d, wanted=True):
+        part = part_of(xs[0], self.parts[i])
+        if not part.shape[0]: return part[:0],[part[:0]],[torch.zeros_like(p) if w else None for p,w in zip(self.params, self.wanted)]
+        with self.off(): o,gx,grads = self.kernel.vjp(part, self.scaled(d.to(self.kernel.dtype)), wanted)
         gp = [None]*len(self.params)
         for k,g in zip(self.where, grads):
             if self.wanted[k]: gp[k] = g if gp[k] is None else gp[k]+g
-        return self.scaled(o),[gx],gp
+        return self.scaled(o) if wanted else None,[gx],gp
 
     def done(self): self.kernel.end()
 
 def _call(m, name, x, chunk, rows=None, scale=1.):
     "A call of `m`, by its own backward pass where it has one that fits"
-    record = Record(m)
-    kernel = m.fused(record.modules, x) if hasattr(type(m), 'fused') else None
+    kernel = m.fused(x) if hasattr(type(m), 'fused') else None
+    record = Record(m, kernel and kernel.modules)
     if kernel is not None: return _Fused(kernel, record, name, x, chunk, rows, scale)
     if m.training: _refuse_statistics(name, record.modules, _find(m))   # it may have been put there since
     return Call(record, name, x, chunk, rows, scale)
 
-# %% ../nbs/01_engine.ipynb #f3a8836b
+# %% ../nbs/01_engine.ipynb #87a88a4e
 def _leave(x, before):
     "If somebody kept a view of `x`, leave them its memory, and go on in other"
     kept = users(x)>before
@@ -109,7 +109,7 @@ def _half(call, src, dst, exact):
         warnings.warn(f"{call.name} or a hook on it keeps its input: it is left a copy, through which no gradient flows; "
                       "forward_intermediates or set_reversible(False) gives one that has a gradient", RuntimeWarning)
 
-# %% ../nbs/01_engine.ipynb #25b5f860
+# %% ../nbs/01_engine.ipynb #032eb1ff
 def _own(g, taken):
     "`g`, or a copy if its memory serves other tensors (`taken`) or several of its own elements"
     s = g.untyped_storage()
@@ -119,28 +119,29 @@ def _own(g, taken):
     return g
 
 def _sum(acc, new, taken):
-    "Add the gradients `new` to the list `acc`, in place after the first"
+    "Add the gradients `new` to the list `acc`, in place after the first; `taken` is `None` where each has memory of its own"
     for i,g in enumerate(new):
         if g is None: continue
-        if g.layout!=torch.strided: acc[i] = g if acc[i] is None else acc[i]+g
+        if taken is None: acc[i] = g if acc[i] is None else acc[i].add_(g)
+        elif g.layout!=torch.strided: acc[i] = g if acc[i] is None else acc[i]+g
         else: acc[i] = _own(g, taken) if acc[i] is None else acc[i].add_(g)
 
-def _half_back(call, src, dst, dsrc, ddst, needs, exact, used=True):
-    "Undo `dst += m(src)` and add the gradient of `src` to `dsrc`; the parameters' gradients, and whether `src` has one"
+def _half_back(call, src, dst, dsrc, ddst, needs, exact, used=True, rebuild=True):
+    "Undo `dst += m(src)`, unless `dst` was kept, and add the gradient of `src` to `dsrc`; the parameters' gradients, and whether `src` has one"
     call.prepare(needs)
     fed,acc,taken,before = False, [None]*len(needs),{o.untyped_storage().data_ptr() for o in (ddst,dsrc)},users(src)
     for i in reversed(range(len(call.parts))):
         rows = call.parts[i]
-        o,(gx,),gp = call.vjp(i, (src,), ddst[rows] if isinstance(rows, slice) else ddst.index_select(0, rows))
-        add_(dst, rows, o, -1, exact)
+        o,(gx,),gp = call.vjp(i, (src,), part_of(ddst, rows), rebuild)
+        if rebuild: add_(dst, rows, o, -1, exact)
         if gx is not None and used: fed = add_(dsrc, rows, gx, 1, False) or True
-        if used: _sum(acc, gp, taken)
+        if used: _sum(acc, gp, None if isinstance(call, _Fused) else taken)
         del o,gx,gp
     call.done()
     _leave(src, before)
     return acc,fed
 
-# %% ../nbs/01_engine.ipynb #9673d140
+# %% ../nbs/01_engine.ipynb #2b340db7
 class ReversibleBlock(nn.Module):
     "Two-stream residual block: `y1 = x1 + f(x2)`, then `y2 = x2 + g(y1)`"
     def __init__(self,
@@ -163,7 +164,7 @@ class ReversibleBlock(nn.Module):
 
     def extra_repr(self): return f'drop_path={self.drop_path}, shared_drop_path={self.shared_drop_path}'
 
-# %% ../nbs/01_engine.ipynb #e7feaf62
+# %% ../nbs/01_engine.ipynb #e29521a8
 @patch
 def _survivors(self:ReversibleBlock,
     x:torch.Tensor, # A stream, images first
@@ -176,14 +177,14 @@ def _survivors(self:ReversibleBlock,
         rows = [(o.pin_memory() if x.is_cuda else o).to(x.device, non_blocking=True) for o in rows]
     return rows[0],rows[-1]
 
-# %% ../nbs/01_engine.ipynb #0f9c4ec3
+# %% ../nbs/01_engine.ipynb #2c55cc6a
 def _in_parts(m, xs, chunk, exact):
     "`m` of a few images at a time, as the reversible mode computes it"
     enter,parts,outs = same_autocast(xs[0].device),equal_parts(len(xs[0]), chunk),[]
     own = [(p,p.view_as(p)) for p in m.parameters() if p.requires_grad] if exact and len(parts)>1 else []
     for rows in parts:
         lend = Lend([(p,q.view_as(q)) for p,q in own]) if own else nullcontext()
-        with enter(), lend: outs.append(m(*(x[rows] for x in xs)))
+        with enter(), lend: outs.append(m(*(part_of(x, rows) for x in xs)))
     return outs[0] if len(outs)==1 else torch.cat(outs)
 
 def _stored(m, xs, chunk, exact):
@@ -205,7 +206,7 @@ class _Half:
             o = o.new_zeros(x.shape).index_add(0, self.rows, (o if n else o[:0])*self.scale)
         return Snap.apply(o, x.dtype) if self.exact else o
 
-# %% ../nbs/01_engine.ipynb #8b0df977
+# %% ../nbs/01_engine.ipynb #af227a84
 @patch
 def forward(self:ReversibleBlock,
     x1:torch.Tensor, # First stream
@@ -231,7 +232,7 @@ def inverse(self:ReversibleBlock,
         raise RuntimeError("drop path or dropout is on, and the inverse does not know what it drew: call eval() first")
     return xs
 
-# %% ../nbs/01_engine.ipynb #b7431cf3
+# %% ../nbs/01_engine.ipynb #e28f5dee
 class _Tape:
     "The two streams on their way back; one for each run forwards"
     def __init__(self, name, exact, amp, fresh, params, last):
@@ -275,7 +276,7 @@ class _Tape:
             self.clear()
             raise
 
-# %% ../nbs/01_engine.ipynb #7937041c
+# %% ../nbs/01_engine.ipynb #16072612
 class _Enter(Function):
     "Start of a run: streams of its own"
     @staticmethod
@@ -295,26 +296,28 @@ class _Enter(Function):
 class _Block(Function):
     "One block, in place both ways"
     @staticmethod
-    def forward(ctx, x1, x2, tape, f, g, *params):
-        if not any(ctx.needs_input_grad[:2]) and any(ctx.needs_input_grad[5:]): tape.begin(x1, x2)
+    def forward(ctx, x1, x2, tape, f, g, keep, *params):
+        if not any(ctx.needs_input_grad[:2]) and any(ctx.needs_input_grad[6:]): tape.begin(x1, x2)
+        if keep: ctx.save_for_backward(x2.clone())
         _half(f, x2, x1, tape.exact)
         _half(g, x1, x2, tape.exact)
-        ctx.tape,ctx.f,ctx.g = tape,f,g
+        ctx.tape,ctx.f,ctx.g,ctx.keep = tape,f,g,keep
         ctx.mark_dirty(x1, x2)
         ctx.set_materialize_grads(False)
         return x1,x2
     @staticmethod
     def backward(ctx, d1, d2):
         t,f,g,ds = ctx.tape,ctx.f,ctx.g,[d1,d2]
-        needs,k,used = ctx.needs_input_grad[5:],len(f.params),[d is not None for d in ds]
+        needs,k,used = ctx.needs_input_grad[6:],len(f.params),[d is not None for d in ds]
         with t.guard():
             d1,d2 = (torch.zeros_like(y) if d is None else d for d,y in zip(ds, (t.y1,t.y2)))
-            gg,fed = _half_back(g, t.y1, t.y2, d1, d2, needs[k:], t.exact, used[1])
+            gg,fed = _half_back(g, t.y1, t.y2, d1, d2, needs[k:], t.exact, used[1], not ctx.keep)
+            if ctx.keep: t.y2.copy_(ctx.saved_tensors[0])
             used[0] |= fed
             gf,fed = _half_back(f, t.y2, t.y1, d2, d1, needs[:k], t.exact, used[0])
             used[1] |= fed
             if not any(ctx.needs_input_grad[:2]): t.finish()
-        return *(d if u else None for d,u in zip((d1,d2), used)),None,None,None,*gf,*gg
+        return *(d if u else None for d,u in zip((d1,d2), used)),None,None,None,None,*gf,*gg
 
 class _Exit(Function):
     "End of a run: all that is kept"
@@ -329,7 +332,7 @@ class _Exit(Function):
         ctx.tape.load(*ctx.saved_tensors, (d1,d2))
         return *(d if d is None else d.clone(memory_format=torch.contiguous_format) for d in (d1,d2)),None
 
-# %% ../nbs/01_engine.ipynb #dc4eceb8
+# %% ../nbs/01_engine.ipynb #241c53ad
 class _Tail(Function):
     "End of a run through a module of both streams"
     @staticmethod
@@ -361,7 +364,7 @@ def _tail_back(call, y1, y2, d, needs, start):
     errors,acc,taken,ds = [], [None]*len(needs),{d.untyped_storage().data_ptr()},[None,None]
     for i in reversed(range(len(call.parts))):
         rows = call.parts[i]
-        o,gs,gp = call.vjp(i, (y1,y2), d[rows])
+        o,gs,gp = call.vjp(i, (y1,y2), part_of(d, rows))
         if start: errors.append(start.errors((o,), rows))
         for k,g in enumerate(gs):
             if g is None: continue
@@ -373,7 +376,7 @@ def _tail_back(call, y1, y2, d, needs, start):
     if errors: start.compare(torch.cat(errors[::-1]))
     return *ds,acc
 
-# %% ../nbs/01_engine.ipynb #665a3b98
+# %% ../nbs/01_engine.ipynb #c18044d9
 class ReversibleSequence(nn.ModuleList):
     "Blocks one after another, their activations rebuilt instead of stored"
     def __init__(self,
@@ -388,17 +391,21 @@ class ReversibleSequence(nn.ModuleList):
 
     def set_reversible(self,
         on:bool=True, # `False` stores activations, by ordinary autograd
+        keep:float=0., # Share of what ordinary autograd would store that may be kept, 0 to 1
         exact:bool|None=None, # Rebuild the same bits; None does so under autocast
     ):
         "Rebuild activations in the backward pass, or store them"
-        self.reversible,self.exact = on,exact
+        check_keep(keep)
+        self.reversible,self.keep,self.exact = on,keep,exact
 
     def __getitem__(self, i):
         part = super().__getitem__(i)
-        if isinstance(i, slice): part.chunk,part.reversible,part.exact,part.name = self.chunk,self.reversible,self.exact,self.name
+        if isinstance(i, slice):
+            part.chunk,part.name = self.chunk,self.name
+            part.set_reversible(self.reversible, self.keep, self.exact)
         return part
 
-# %% ../nbs/01_engine.ipynb #a2cafe1d
+# %% ../nbs/01_engine.ipynb #c52c7667
 @patch
 def _calls(self:ReversibleBlock, i, x, chunk):
     "`f` and `g` of the `i`-th block as calls on images like `x`, with drop path drawn"
@@ -406,20 +413,29 @@ def _calls(self:ReversibleBlock, i, x, chunk):
     return [_call(m, f'{n} of block {i}', x, chunk, rows, scale) for n,m,rows in zip('fg', (self.f,self.g), self._survivors(x))]
 
 @patch
-def _run(self:ReversibleSequence, blocks, x1, x2, tail, tape):
-    "`blocks`, with their numbers, in place"
+def plan(self:ReversibleSequence,
+    x:torch.Tensor, # A stream like those that will come
+)->Plan: # What it keeps, in bytes and in words
+    "How `keep` is spent"
+    if not len(self): return spend(self.keep, 0, 0, 0)
+    stored = stored_bytes(self[len(self)//2], x)*len(x) if 0<self.keep<1 else 0
+    return spend(self.keep, len(self), stored, x.nbytes)
+
+@patch
+def _run(self:ReversibleSequence, blocks, x1, x2, tail, tape, x2_of):
+    "`blocks`, with their numbers, in place; of those in `x2_of` the second stream is kept"
     x1,x2 = _Enter.apply(x1, x2, tape)
     chunk = self.chunk or chunk_size(x1)
     for i,b in blocks:
         f,g = b._calls(i, x1, chunk)
         tape.params += f.params + g.params
-        x1,x2 = _Block.apply(x1, x2, tape, f, g, *f.params, *g.params)
+        x1,x2 = _Block.apply(x1, x2, tape, f, g, i in x2_of, *f.params, *g.params)
     if tail is None: return _Exit.apply(x1, x2, tape)
     call = _call(tail, 'the tail', x1, chunk)
     tape.params += call.params
     return _Tail.apply(x1, x2, tape, call, *call.params)
 
-# %% ../nbs/01_engine.ipynb #261f6841
+# %% ../nbs/01_engine.ipynb #78a55560
 _BLOCK_FORWARD = ReversibleBlock.forward
 
 def _why_stored(block):
@@ -430,6 +446,7 @@ def _why_stored(block):
     if 'forward' in block.__dict__ or type(block).forward is not _BLOCK_FORWARD: return 'it has a forward of its own'
     if block._compiled_call_impl is not None: return 'it is compiled (compile its F and G instead)'
 
+_KEPT = 'keep says so'
 _told = WeakSet()   # blocks whose cost was said
 
 def _run_stored(block, i, why, xs):
@@ -446,7 +463,7 @@ def _run_stored(block, i, why, xs):
                   "of activations that would be rebuilt", RuntimeWarning)
     return out
 
-# %% ../nbs/01_engine.ipynb #b0ef6c4f
+# %% ../nbs/01_engine.ipynb #57d72067
 def _span(blocks):
     "What messages call a run"
     if not blocks: return 'a tail alone'
@@ -457,7 +474,8 @@ def _span(blocks):
 def _reverse(self:ReversibleSequence, x1, x2, tail, exact):
     "Runs in place, with stored blocks in between"
     hear()
-    numbered = ((_why_stored(b),(i,b)) for i,b in enumerate(self))
+    plan,n = self.plan(x1),len(self)
+    numbered = ((_why_stored(b) or (_KEPT if i<plan.whole else None),(i,b)) for i,b in enumerate(self))
     runs = [(why,[o for _,o in g]) for why,g in groupby(numbered, lambda o: o[0])]
     if tail is not None and (not runs or runs[-1][0]): runs.append((None,[]))
     fresh,params,out,amp,last = [],[],(x1,x2),amp_dtype(x1.device),len(runs)-1
@@ -465,29 +483,36 @@ def _reverse(self:ReversibleSequence, x1, x2, tail, exact):
         if why is None:
             name = _span(blocks) + (f' of {self.name}' if self.name else '')
             tape = _Tape(name, exact and bool(blocks), amp, fresh, params, k>=last-1)
-            out = self._run(blocks, *out, tail if k==last else None, tape)
+            out = self._run(blocks, *out, tail if k==last else None, tape, range(n-plan.x2, n))
+        elif why is _KEPT: out = self._stored_run(blocks, *out, exact)
         else:
             for i,b in blocks: out = _run_stored(b, i, why, out)
             params += [p for _,b in blocks for p in b.parameters()]
     return out
 
 @patch
-def _store(self:ReversibleSequence, x1, x2, tail, exact):
-    "All blocks by ordinary autograd"
-    chunk,snapped = self.chunk,False
-    for b in self:
+def _stored_run(self:ReversibleSequence, blocks, x1, x2, exact):
+    "`blocks`, with their numbers, by ordinary autograd"
+    snapped = False
+    for _,b in blocks:
         if torch.compiler.is_compiling() or _why_stored(b) is not None: (x1,x2),snapped = b(x1, x2),False
         else:
             if exact and not snapped: (x1,x2),snapped = (Snap.apply(o, o.dtype) for o in (x1,x2)),True
-            x1,x2 = b.forward(x1, x2, chunk, exact)
-    return (x1,x2) if tail is None else _stored(tail, (x1,x2), chunk, exact)
+            x1,x2 = b.forward(x1, x2, self.chunk, exact)
+    return x1,x2
 
-# %% ../nbs/01_engine.ipynb #c75c9473
+@patch
+def _store(self:ReversibleSequence, x1, x2, tail, exact):
+    "All blocks by ordinary autograd"
+    x1,x2 = self._stored_run(enumerate(self), x1, x2, exact)
+    return (x1,x2) if tail is None else _stored(tail, (x1,x2), self.chunk, exact)
+
+# %% ../nbs/01_engine.ipynb #e9d8ad80
 @patch
 def _reverses(self:ReversibleSequence, x1, x2, tail):
     "Is there a backward pass to save memory for?"
     parts = [*self] if tail is None else [*self, tail]
-    if not (self.reversible and parts and torch.is_grad_enabled()) or torch.compiler.is_exporting(): return False
+    if not (self.reversible and self.keep<1 and parts and torch.is_grad_enabled()) or torch.compiler.is_exporting(): return False
     if type(x1).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__: return False   # a wrapper with ways of its own
     if not torch.compiler.is_compiling() and transforming(): return False   # the compiler's own tracing looks like that too
     return x1.requires_grad or x2.requires_grad or any(p.requires_grad for m in parts for p in m.parameters())

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from timm.layers import Attention, Mlp, register_notrace_module, to_2tuple
 from timm.layers import PatchEmbed as TimmPatchEmbed
 from .core.replay import recompute
-from .models.fused import FusedAttention, FusedMlp, ORIGINAL, product_dtype, untouched
+from .models.fused import FusedAttention, FusedMlp, ORIGINAL, layers_of, product_dtype, untouched
 
 # %% ../nbs/03_layers.ipynb #0d1e898a
 def check_images(
@@ -69,13 +69,13 @@ class PreNorm(nn.Module):
 class AttentionHalf(PreNorm):
     "LayerNorm, then multi-head self-attention"
     def fused(self,
-        modules:list, # This module and all in it, as they are now
         x:torch.Tensor, # A stream that it is about to read
     ): # What computes it from its weights; `None` where that does not apply
         "The pass that is written out"
-        dtype,a = product_dtype(modules, _ATTENTION, x),self.fn
+        modules,a = layers_of(self),self.fn
+        dtype = product_dtype(modules, _ATTENTION, x)
         if dtype is None or x.ndim!=3 or not a.fused_attn or getattr(a, 'gate', None) is not None: return None
-        return FusedAttention(self.norm, a.qkv, a.proj, dtype, a.num_heads)
+        return FusedAttention(self.norm, a.qkv, a.proj, dtype, modules, a.num_heads)
 
 ORIGINAL[AttentionHalf] = AttentionHalf.forward
 _ATTENTION = [AttentionHalf, nn.LayerNorm, Attention, nn.Linear, nn.Identity, nn.Identity, nn.Dropout, nn.Identity,
@@ -96,13 +96,13 @@ def attention_half(
 class MlpHalf(PreNorm):
     "LayerNorm, then a two-layer MLP with GELU"
     def fused(self,
-        modules:list, # This module and all in it, as they are now
         x:torch.Tensor, # A stream that it is about to read
     ): # What computes it from its weights; `None` where that does not apply
         "The pass that is written out"
-        dtype,m = product_dtype(modules, _MLP, x),self.fn
+        modules,m = layers_of(self),self.fn
+        dtype = product_dtype(modules, _MLP, x)
         if dtype is None or m.act.approximate!='none': return None
-        return FusedMlp(self.norm, m.fc1, m.fc2, dtype)
+        return FusedMlp(self.norm, m.fc1, m.fc2, dtype, modules)
 
 ORIGINAL[MlpHalf] = MlpHalf.forward
 _MLP = [MlpHalf, nn.LayerNorm, Mlp, nn.Linear, nn.GELU, nn.Dropout, nn.Identity, nn.Linear, nn.Dropout]

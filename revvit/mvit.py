@@ -268,10 +268,11 @@ def forward(self:RevMViT, x:torch.Tensor):
 @patch
 def set_reversible(self:RevMViT,
     on:bool=True, # `False` stores activations, as any other model does
+    keep:float=0., # Share of what ordinary autograd would store that may be kept, 0 to 1
     exact:bool|None=None, # Rebuild the same bits; None does so under autocast
 ):
     "Rebuild activations in the backward pass, or store them"
-    for o in self.stages: o.set_reversible(on, exact)
+    for o in self.stages: o.set_reversible(on, keep, exact)
     for o in self.transitions: o.set_reversible(on)
 
 # %% ../nbs/05_mvit.ipynb #12ca5e1f

@@ -162,10 +162,11 @@ def forward(self:RevViT, x:torch.Tensor):
 @patch
 def set_reversible(self:RevViT,
     on:bool=True, # `False` stores activations, as any other model does
+    keep:float=0., # Share of what ordinary autograd would store that may be kept, 0 to 1
     exact:bool|None=None, # Rebuild the same bits; None does so under autocast
 ):
     "Rebuild activations in the backward pass, or store them"
-    self.blocks.set_reversible(on, exact)
+    self.blocks.set_reversible(on, keep, exact)
 
 @patch
 def set_grad_checkpointing(self:RevViT,

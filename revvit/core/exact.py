@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['GRID', 'grid', 'Snap', 'add_', 'self_check', 'set_self_check', 'Start', 'hear']
 
-# %% ../../nbs/core/01_exact.ipynb #44f70dd1
+# %% ../../nbs/core/01_exact.ipynb #6492b1ed
 import torch, warnings
 from functools import lru_cache, partial
 from torch.autograd import Function
 
-# %% ../../nbs/core/01_exact.ipynb #bdcb8053
+# %% ../../nbs/core/01_exact.ipynb #d6c77113
 GRID = {torch.float32: 2.**14, torch.float64: 2.**43}
 
 def grid(
@@ -29,7 +29,7 @@ class Snap(Function):
     @staticmethod
     def backward(ctx, d): return d.to(ctx.dtype),None
 
-# %% ../../nbs/core/01_exact.ipynb #ec985e13
+# %% ../../nbs/core/01_exact.ipynb #b0e86308
 def add_(
     x:torch.Tensor, # A stream; changed
     rows, # Slice or indices of images
@@ -38,11 +38,13 @@ def add_(
     exact:bool, # Whether `o` goes to the grid first
 ):
     "`x[rows] += sign*o` in place"
-    if exact: o,sign = (o.to(x.dtype)*(k:=grid(x.dtype))).round_(),sign/k
-    if isinstance(rows, slice): x[rows].add_(o, alpha=sign)
+    if exact: # a power of two loses no digit, but float16 would overflow
+        k = grid(x.dtype)
+        o,sign = torch.mul(o if o.dtype!=torch.float16 else o.float(), k).round_(),sign/k
+    if isinstance(rows, slice): (x if rows==slice(None) else x[rows]).add_(o, alpha=sign)
     else: x.index_add_(0, rows, o.to(x.dtype), alpha=sign)
 
-# %% ../../nbs/core/01_exact.ipynb #243726ae
+# %% ../../nbs/core/01_exact.ipynb #54a37ce7
 _CHECKS = ('warn','error','off')
 _check = ['warn']
 
@@ -63,15 +65,20 @@ def _weights(n, device, dtype): return (torch.arange(n, device=device)*1.7+.3).c
 
 def _numbers(x, exact):
     "Numbers for each image that tell one stream from another"
-    x = x.detach().reshape(len(x), -1, x.shape[-1] if x.ndim>1 else 1)
+    x = x.detach().reshape(x.shape[0], -1, x.shape[-1] if x.ndim>1 else 1)
     dtype,out = torch.promote_types(x.dtype, torch.float32),[]
     for dim in (1,2): # over tokens and over channels: a sum of everything would not see what a norm has centred
         s = x.sum(dim, dtype=dtype)
         out.append((s*_weights(s.shape[1], s.device, dtype)).sum(1))
-    bits = x.flatten(1).view(torch.int32 if x.dtype==torch.float32 else torch.int64).sum(1) if exact else None
-    return torch.stack(out),bits
+    return torch.stack(out),_bits(x) if exact else None
 
-# %% ../../nbs/core/01_exact.ipynb #6a6c42bd
+def _bits(x):
+    "Sum of the bits of each image, read as integers"
+    x = x.flatten(1).view(torch.int32 if x.dtype==torch.float32 else torch.int64)
+    few = x.shape[0] if x.device.type!='cpu' else max(1, 2**15//x.shape[1])   # a CPU makes int64 of what it sums
+    return torch.cat([o.sum(1) for o in x.split(few)])
+
+# %% ../../nbs/core/01_exact.ipynb #459cf169
 class Start:
     "What streams were when they were first computed"
     def __init__(self,
@@ -100,7 +107,7 @@ class Start:
         if e.device.type!='cpu' and self_check()!='error': _later(e, self.message)
         else: _say(self.message(e))
 
-# %% ../../nbs/core/01_exact.ipynb #f86f3817
+# %% ../../nbs/core/01_exact.ipynb #735c49bd
 _REASONS = ("a state, mode or context that changed, a kernel that does not repeat itself, or rounding errors that grew, which revvit.testing.drift measures block by block")
 
 def _message(self, e):
@@ -118,7 +125,7 @@ def _say(said):
     if said and self_check()=='error': raise RuntimeError(said)
     if said and self_check()=='warn': warnings.warn(said, RuntimeWarning, stacklevel=2)
 
-# %% ../../nbs/core/01_exact.ipynb #3954d8cc
+# %% ../../nbs/core/01_exact.ipynb #380c3fb3
 _waiting = []   # what a device has not answered yet
 
 def _later(e, message):
