@@ -89,17 +89,21 @@ class FusedAttention(FusedHalf):
 
     def rows(self, a): return a.transpose(1, 2).flatten(0, 1).flatten(1)   # B heads N d -> BN D
 
+    def attend(self, h, x, graph):
+        "Attention's output, and queries, keys and values"
+        with torch.set_grad_enabled(graph):
+            qkv = [o.detach().requires_grad_(graph) for o in self.heads(h, x)]
+            return F.scaled_dot_product_attention(*qkv),qkv
+
     def forward(self, x):
-        a = F.scaled_dot_product_attention(*self.heads(self.normed(x)[0], x))
-        return F.linear(self.rows(a), *self.ends[1]).view(x.shape)
+        a,_ = self.attend(self.normed(x)[0], x, x.device.type!='cpu')
+        return F.linear(self.rows(a.detach()), *self.ends[1]).view(x.shape)
 
     def vjp(self, x, d):
         "The result, and gradients of `x` and of `params`, for an output gradient `d`"
         (w,b),(wp,bp) = self.ends
         h,mean,rstd = self.normed(x)
-        with torch.enable_grad():
-            qkv = [o.detach().requires_grad_() for o in self.heads(h, x)]
-            a = F.scaled_dot_product_attention(*qkv)
+        a,qkv = self.attend(h, x, True)
         u,d = self.rows(a.detach()),d.view(-1, x.shape[-1])
         o,g2 = F.linear(u, wp, bp),self.linear_grads(d, u, bp)
         du = torch.mm(d, wp).view(x.shape[0], x.shape[1], self.num_heads, -1).transpose(1, 2)
