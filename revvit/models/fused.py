@@ -146,6 +146,7 @@ def product_dtype(
     if len(modules)!=len(kinds) or function_modes() or not all(untouched(o, k) for o,k in zip(modules, kinds)): return None
     if any(o.training and o.p for o in modules if type(o) is nn.Dropout): return None
     norm,linears = modules[1],[o for o in modules if type(o) is nn.Linear]
+    if any('weight' not in o._parameters for o in (norm,*linears)): return None   # a replica's are no parameters
     weights = [p for o in (norm,*linears) for p in o._parameters.values() if p is not None]
     if any(p.dtype!=x.dtype or p.device!=x.device for p in weights) or any(o._buffers for o in modules): return None
     if norm.bias is None or norm.normalized_shape!=x.shape[-1:]: return None
