@@ -1,6 +1,7 @@
 "The self-check of the backward pass never fires on healthy training: the recipes of the digits and of the moving digits, and the publisher's small reference models,\
- in float32 and under autocast, on the grid and off it. A few steps here, 200 of each in the slow variant. What it fires on stands in test_surgery.py."
-import json, random, warnings, zlib
+ in float32, as it is and on the grid, and under autocast. A few steps here, 200 of each in the slow variant. What it fires on stands in test_surgery.py."
+import json, random, zlib
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 
@@ -20,8 +21,9 @@ def looped(dl):
     for _ in count(): yield from dl
 
 def from_recipe(name, folder):
-    r = recipes[name]
-    dls = recipe_dls(r, folder, workers=0, device='cpu') if folder else recipe_dls(r, workers=0, device='cpu')
+    "The recipe; fewer videos a step, which take long"
+    r = replace(recipes[name], batch_size=64 if name == 'digits' else 8)
+    dls = recipe_dls(r, folder if name == 'moving_digits' else None, workers=0, device='cpu')
     return recipe_model(r, len(dls.vocab)),((x.as_subclass(torch.Tensor), y.as_subclass(torch.Tensor)) for x,y in looped(dls.train)),r.lr
 
 def tensor(name, shape, seed):
@@ -38,18 +40,18 @@ def options(arch):
     for k in ('patch_padding','dim_mul','head_mul','separate_qkv','sep_pos_embed'): arch.pop(k, None)
     return dict(arch, kv_stride=kv, stream_fusion=fusion, drop_path_rate=.1)
 
-def from_reference(name, folder):
+def from_reference(name, file):
     "The publisher's weights in small, drop path, and noise of which the label is learned by heart"
     case = json.loads((reference/f'{name}.json').read_text(encoding='utf8'))
-    torch.save(dict(model_state={k: tensor(k, shape, case['seed']) for k,shape in case['tensors'].items()}), folder/'published.pth')
+    torch.save(dict(model_state={k: tensor(k, shape, case['seed']) for k,shape in case['tensors'].items()}), file)
     arch = dict(case['arch'])
     model = RevViT(**arch, drop_path_rate=.1) if arch.pop('model') == 'revvit' else RevMViT(**options(arch))
-    load_checkpoint(model, folder/'published.pth')
+    load_checkpoint(model, file)
     x = torch.randn(8, *case['input_shape'][1:], generator=torch.Generator().manual_seed(0))
     return model,((x[i%4*2:][:2], torch.arange(8)[i%4*2:][:2]) for i in count()),1e-3
 
 STARTS = {'digits': from_recipe, 'moving_digits': from_recipe, 'rev_vit_tiny': from_reference, 'rev_mvit_tiny': from_reference, 'rev_mvit_video_tiny': from_reference}
-WAYS = {'float32': (False, False), 'float32, grid': (False, True), 'bfloat16': (True, None), 'bfloat16, no grid': (True, False)}   # autocast, exact
+WAYS = {'float32': (False, None), 'float32, grid': (False, True), 'bfloat16': (True, None)}   # autocast, exact
 
 def train(name, folder, steps, autocast, exact):
     "AdamW at the highest rate from the start; the losses, and how many runs were checked"
@@ -64,11 +66,11 @@ def train(name, folder, steps, autocast, exact):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         opt.step()
         opt.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory): return tmp_path_factory.mktemp('data')
+def folder(tmp_path_factory): return tmp_path_factory.mktemp('data')/'moving'
 
 @pytest.fixture
 def checks(monkeypatch):
@@ -85,11 +87,11 @@ def checks(monkeypatch):
 
 slowly = pytest.param(200, marks=pytest.mark.slow)
 @pytest.mark.filterwarnings('error::RuntimeWarning')
-@pytest.mark.parametrize('steps', [5, slowly])
+@pytest.mark.parametrize('steps', [8, slowly])
 @pytest.mark.parametrize('way', WAYS)
 @pytest.mark.parametrize('name', STARTS)
-def test_never_fires_on_healthy_training(name, way, steps, folder, checks):
-    losses = train(name, folder if name != 'digits' else None, steps, *WAYS[way])
+def test_never_fires_on_healthy_training(name, way, steps, folder, tmp_path, checks):
+    losses = train(name, folder if name == 'moving_digits' else tmp_path/'published.pth', steps, *WAYS[way])
     print(f'{name}, {way}: {len(checks)} comparisons, at most {max(checks):.2g} of the limit; loss {np.mean(losses[:5]):.3f} to {np.mean(losses[-5:]):.3f}')
-    assert len(checks) >= steps and max(checks) < (1 if 'grid' not in way or 'no' in way else 1)
+    assert len(checks) >= steps and max(checks) < (.2 if way == 'float32' else 1e-9)   # far from firing; on the grid the same bits
     assert np.isfinite(losses).all() and (steps < 100 or np.mean(losses[-5:]) < .8*np.mean(losses[:5]))
