@@ -388,7 +388,7 @@ def file_faults(
         if o: warnings.warn(f"{o[0]}{_more(o)}{where}")
     return faults
 
-def _more(said): return f" (and {len(said)-1} more such files)" if said[1:] else ''
+def _more(said, what='files'): return f" (and {len(said)-1} more such {what})" if said[1:] else ''
 
 def leave_out(
     faults:dict, # Sentence for each path that cannot be read

@@ -17,7 +17,6 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.models.video import MViT_V1_B_Weights
 from tqdm import tqdm
-from .images import _some, class_items, image_suffixes, is_hidden, video_suffixes
 from .checkpoints import _check_local, _compare, _translated, input_settings, load_checkpoint, load_model, read_checkpoint
 from .device import pick_device
 from .mvit import RevMViT
@@ -49,6 +48,7 @@ def _transform(model, views):
 
 def _views(model, path, views):
     "What `model` sees of a file: (views, C, T, H, W), or an image as (1, C, H, W)"
+    from revvit.images import image_suffixes
     from revvit.videos import is_video
     _check_local(path)
     if _is_clip(model):
@@ -248,6 +248,7 @@ def folder_items(
     model, # For its classes, and for whether it wants images or videos
 )->list: # (path, class index) of each file
     "Files in class folders"
+    from revvit.images import _some, class_items, image_suffixes, is_hidden, video_suffixes
     folder = Path(folder)
     if not folder.is_dir(): raise ValueError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
     if (folder/'val').is_dir(): folder = folder/'val'

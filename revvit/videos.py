@@ -22,7 +22,8 @@ from fastai.data.core import get_show_batch_func
 from fastai.vision.all import Categorize, DataLoaders, Datasets, ItemTransform, TensorImageBase, Transform, get_grid, show_image
 from plum import dispatch
 from .device import pick_device
-from .images import EpochDL, UnreadableFile, _allow_zero_bits, _some, digits, file_faults, hold_out, leave_out, naming, video_suffixes
+from .images import EpochDL, UnreadableFile, _allow_zero_bits, _more, _some, digits, file_faults, hold_out
+from .images import leave_out, naming, video_suffixes
 
 # %% ../nbs/08_videos.ipynb #76bcf177
 def is_video(
@@ -362,16 +363,18 @@ def read_clip_list(
     "Read a list of videos, or say in which line it is wrong"
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"{path}: no such list of videos")
-    root,items,lines = Path(root or path.parent),{},{}
+    root,items,lines,again = Path(root or path.parent),{},{},[]
     for n,name,label in _rows(path):
         where = f"{path}, line {n}:"
         if not name: raise ValueError(f"{where} expected `path label`, got {label!r}")
         if not label.isascii() or not label.isdigit(): raise ValueError(f"{where} the label must be a whole number from 0 up, got {label!r}")
         if classes is not None and int(label)>=classes: raise ValueError(f"{where} the label must be below {classes}, got {label}")
         video = os.path.normpath(root/name)
-        if video in items: raise ValueError(f"{where} {name!r} is already in line {lines[video]}")
-        items[video],lines[video] = int(label),n
+        if video in items: again.append(f"{where} {name!r} is already in line {lines[video]}")
+        if items.setdefault(video, int(label))!=int(label): raise ValueError(f"{again[-1]}, with another label")
+        lines.setdefault(video, n)
     if not items: raise ValueError(f"{path}: the list is empty")
+    if again: warnings.warn(f"{again[0]}{_more(again, 'lines')}: it counts once")
     return items
 
 # %% ../nbs/08_videos.ipynb #64b45d96

@@ -1,6 +1,6 @@
 """The models that the requirements are asked of, and how two ways to compute are compared.
 The judge is ordinary autograd: the same weights from the same seed with `set_reversible(False)`, relative L2 errors."""
-import random
+import os, random
 from functools import partial
 
 import numpy as np, pytest, torch
@@ -12,6 +12,7 @@ from revvit.testing import weighted_sum
 from revvit.vit import RevViT
 
 torch.set_num_threads(1)
+DEVICE = torch.device(os.environ.get('REVVIT_DEVICE', 'cpu'))   # where all of them compute
 REMEDY = r'set_reversible\(False\)'
 
 # ---------------------------------------------------------------- makers: `make(chunk, rate, dtype, b)` gives a model and its inputs
@@ -36,7 +37,7 @@ def used(m):
 def stack(depth=3, p=0., drop_path=0., chunk=2, make=None, d=8, dtype=torch.float64):
     "A sequence of `depth` blocks; `make(i)` gives F and G of block i"
     torch.manual_seed(depth)
-    return used(ReversibleSequence([ReversibleBlock(*(make(i) if make else (Tokens(d, p),mlp(d, p))), drop_path) for i in range(depth)], chunk)).to(dtype)
+    return used(ReversibleSequence([ReversibleBlock(*(make(i) if make else (Tokens(d, p),mlp(d, p))), drop_path) for i in range(depth)], chunk)).to(DEVICE, dtype)
 
 class Fuse(nn.Module):
     "A tail: norm of both streams, dropout, a linear layer, mean over tokens"
@@ -51,20 +52,20 @@ class Tailed(nn.Module):
     def forward(self, x1, x2): return self.blocks(x1, x2, tail=self.tail)
     def set_reversible(self, on=True): self.blocks.set_reversible(on)
 
-def streams(b=5, n=3, d=8, seed=1, dtype=torch.float64): return tuple(torch.randn(2, b, n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype))
-def images(b=5, size=32, seed=1, dtype=torch.float64): return (torch.randn(b, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype),)
+def streams(b=5, n=3, d=8, seed=1, dtype=torch.float64): return tuple(torch.randn(2, b, n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype))
+def images(b=5, size=32, seed=1, dtype=torch.float64): return (torch.randn(b, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype),)
 
-def clips(b=5, frames=4, size=16, seed=1, dtype=torch.float64): return (torch.randn(b, 3, frames, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype),)
+def clips(b=5, frames=4, size=16, seed=1, dtype=torch.float64): return (torch.randn(b, 3, frames, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype),)
 
 def sequence(depth, chunk, rate=1, dtype=torch.float64, b=5): return stack(depth, .3*rate, .2*rate, chunk, dtype=dtype),streams(b, dtype=dtype)
 def tailed(depth, chunk, rate=1, dtype=torch.float64, b=5):
     blocks = stack(depth, .3*rate, .2*rate, chunk)
-    return Tailed(blocks, used(Fuse(p=.3*rate))).to(dtype),streams(b, dtype=dtype)
+    return Tailed(blocks, used(Fuse(p=.3*rate))).to(DEVICE, dtype),streams(b, dtype=dtype)
 def vit(depth, chunk, rate=1, dtype=torch.float64, b=5, dim=32, heads=2, drop=.3, **kw):
     torch.manual_seed(depth)
     m = RevViT(img_size=32, patch_size=8, embed_dim=dim, num_heads=heads, depth=depth, num_classes=5, chunk=chunk,
                drop_path_rate=.2*rate, proj_drop_rate=drop*rate, attn_drop_rate=.3*rate, drop_rate=.3*rate, **kw)
-    return used(m).to(dtype),images(b, dtype=dtype)
+    return used(m).to(DEVICE, dtype),images(b, dtype=dtype)
 
 def fitting(depth, *starts): return tuple(sorted({s for s in starts if 0<s<depth}))
 def mvit(starts, depth, chunk, rate=1, dtype=torch.float64, b=5, size=16, drop=.3, **kw):
@@ -73,7 +74,7 @@ def mvit(starts, depth, chunk, rate=1, dtype=torch.float64, b=5, size=16, drop=.
     m = RevMViT(**{**dict(img_size=size, patch_kernel=(3,3), patch_stride=(2,2), embed_dim=8, kv_stride=(1,4,4), num_classes=5), **kw},
                 depth=depth, stage_starts=starts(depth) if callable(starts) else starts, chunk=chunk,
                 drop_path_rate=.2*rate, proj_drop_rate=drop*rate, attn_drop_rate=.3*rate, drop_rate=.3*rate)
-    return used(m).to(dtype),images(b, size, dtype=dtype) if m.num_frames is None else clips(b, m.num_frames, size, dtype=dtype)
+    return used(m).to(DEVICE, dtype),images(b, size, dtype=dtype) if m.num_frames is None else clips(b, m.num_frames, size, dtype=dtype)
 def clip(*args, **kw):
     "A narrow Rev-MViT for clips of 2x4x4 tokens"
     return mvit(*args, **{**dict(num_frames=4, patch_kernel=(3,7,7), patch_stride=(2,4,4), pool_kernel=(3,3,3), kv_stride=(1,2,2), stream_fusion='mean', qkv_bias=False), **kw})
@@ -92,7 +93,7 @@ few = pytest.mark.parametrize('make', [CASES[k] for k in ('tail3','vit4','clip5'
 def blocks_of(m):
     "The run of blocks that a test takes apart; of a model in stages the longest, which has 3 at least"
     return m if isinstance(m, ReversibleSequence) else max(m.stages, key=len) if isinstance(m, RevMViT) else m.blocks
-def put(m, half, block, new): setattr(blocks_of(m)[block], half, new.to(next(m.parameters()).dtype))
+def put(m, half, block, new): setattr(blocks_of(m)[block], half, new.to(next(m.parameters())))
 def error(got, want):
     "Relative L2 distance of two lists of tensors; infinite where only one of two is None or not finite"
     got,want = list(got),list(want)
@@ -119,7 +120,8 @@ def agrees(m, fn, tol=1e-12):
     assert error(fn(), want) < tol
 def rng_states():
     kind,keys,*rest = np.random.get_state()
-    return torch.get_rng_state().numpy().tobytes(),(kind, keys.tobytes(), *rest),random.getstate()
+    there = [torch.get_device_module(DEVICE).get_rng_state().numpy().tobytes()] if DEVICE.type not in ('cpu','meta') else []
+    return torch.get_rng_state().numpy().tobytes(),there,(kind, keys.tobytes(), *rest),random.getstate()
 
 class Trap(nn.Module):
     "`m`, but the calls whose numbers are in `at` fail; the first is 1"

@@ -511,24 +511,45 @@ def test_no_float64_on_the_device(kind, zoo, tmp_path, here):
         b = here(zoo, 'revvit_test', '--data', tmp_path/'d', '--weights', f'{kind}.pth', '--workers', 0, '--views', 2)
     assert (a.returncode, a.stderr, b.returncode, b.stderr) == (0, '', 0, '') and (tmp_path/'f.npz').exists()
 
-@pytest.mark.parametrize('recipe', ['digits', 'rev_vit_s', 'rev_mvit_b', 'rev_mvit_b_16x4'])
-def test_training_makes_no_float64_on_the_device(recipe, zoo, tmp_path, here, monkeypatch):
-    "A run with everything a recipe asks for, averaged weights too, and its test at the end"
+def small(recipe, folder, zoo, monkeypatch):
+    "A published recipe with a narrow model, and two files a class to train and to test it in `folder`"
     from dataclasses import replace
     from revvit.training import recipes
     r = recipes[recipe]
-    if recipe != 'digits':
-        clip,frames = r.data == 'clips',(4,) if r.data == 'clips' else ()
-        args = dict(embed_dim=24, num_heads=2, depth=2) if 'revvit' in r.model else dict(embed_dim=8, depth=4, stage_starts=(2,))
-        monkeypatch.setitem(recipes, recipe, replace(r, image_cfg={**r.image_cfg, 'input_size': (3,*frames,32,32)}, model_args={**r.model_args, **args}))
-        for part in ('train', 'val'):
-            for c in ('n01440764', 'n01443537'):
-                (tmp_path/part/c).mkdir(parents=True)
-                for i in range(2): shutil.copy(zoo/('good.mp4' if clip else 'noise.png'), tmp_path/part/c/f"{i}.{'mp4' if clip else 'png'}")
-            if clip: (tmp_path/f'{part}.csv').write_text(''.join(f'{part}/{c}/{i}.mp4 {k}\n' for k,c in enumerate(('n01440764', 'n01443537')) for i in range(2)), encoding='utf8')
+    clip,frames = r.data == 'clips',(4,) if r.data == 'clips' else ()
+    args = dict(embed_dim=24, num_heads=2, depth=2) if 'revvit' in r.model else dict(embed_dim=8, depth=4, stage_starts=(2,))
+    monkeypatch.setitem(recipes, recipe, replace(r, image_cfg={**r.image_cfg, 'input_size': (3,*frames,32,32)}, model_args={**r.model_args, **args}))
+    for part in ('train', 'val'):
+        for c in ('n01440764', 'n01443537'):
+            (folder/part/c).mkdir(parents=True)
+            for i in range(2): shutil.copy(zoo/('good.mp4' if clip else 'noise.png'), folder/part/c/f"{i}.{'mp4' if clip else 'png'}")
+        if clip: (folder/f'{part}.csv').write_text(''.join(f'{part}/{c}/{i}.mp4 {k}\n' for k,c in enumerate(('n01440764', 'n01443537')) for i in range(2)), encoding='utf8')
+
+@pytest.mark.parametrize('recipe', ['digits', 'rev_vit_s', 'rev_mvit_b', 'rev_mvit_b_16x4'])
+def test_training_makes_no_float64_on_the_device(recipe, zoo, tmp_path, here, monkeypatch):
+    "A run with everything a recipe asks for, averaged weights too, and its test at the end"
+    if recipe != 'digits': small(recipe, tmp_path, zoo, monkeypatch)
     words = ['--epochs', 1, '--average', .9, '--recipe', recipe, '--out', 'run'] + (['--batch-size', 512] if recipe == 'digits' else ['--data', '.', '--batch-size', 2, '--workers', 0])
     with NoFloat64(): r = here(tmp_path, 'revvit_train', *words)
     assert r.returncode == 0, r.stderr
+
+@pytest.mark.parametrize('recipe,how', [('rev_vit_s', 'symlink'), ('rev_vit_s', 'hard link'), ('rev_mvit_b_16x4', 'symlink'), ('rev_mvit_b_16x4', 'hard link'), ('rev_mvit_b_16x4', 'line')])
+def test_a_file_in_training_and_test_data(recipe, how, zoo, tmp_path, here, monkeypatch):
+    "One sentence that names the flag; with it one warning, and the run goes on"
+    small(recipe, tmp_path, zoo, monkeypatch)
+    names = ['n01440764/0.mp4', 'n01443537/1.mp4'] if 'clip' in recipe or '16x4' in recipe else ['n01440764/0.png', 'n01443537/1.png']
+    for o in names:
+        (tmp_path/'val'/o).unlink()
+        if how == 'symlink': (tmp_path/'val'/o).symlink_to(tmp_path/'train'/o)
+        else: os.link(tmp_path/'train'/o, tmp_path/'val'/o)
+    if how == 'line': (tmp_path/'val.csv').write_text((tmp_path/'train.csv').read_text(encoding='utf8'), encoding='utf8')
+    words = ['--recipe', recipe, '--data', '.', '--epochs', 1, '--batch-size', 2, '--workers', 0, '--out', 'run']
+    r = here(tmp_path, 'revvit_train', *words)
+    only_sentence(r, '(--allow-shared)')
+    assert not (tmp_path/'run').exists()
+    with pytest.warns(UserWarning) as said: r = here(tmp_path, 'revvit_train', *words, '--allow-shared')
+    assert r.returncode == 0 and (tmp_path/'run'/'checkpoint.pth').exists(), r.stderr
+    assert sum('one and the same file' in str(o.message) for o in said) == 1
 
 # Streams, addresses, flags
 

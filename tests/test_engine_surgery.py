@@ -149,7 +149,15 @@ def noisy(m, x):
 def test_noise_that_some_parts_draw_and_others_do_not():
     m,(x1,x2) = stack(2, chunk=1, make=lambda i: (Fn(noisy, w=8),mlp())),streams()
     x2[3,0,0] = 10
-    for m.chunk in (1,2,None): check_grads(m, x1, x2)
+    other = copy.deepcopy(m)
+    for m.chunk in (1,2,None):
+        other.chunk = m.chunk
+        m.set_reversible(True, exact=True)
+        other.set_reversible(False, exact=True)   # goes part by part, whoever draws
+        check_grads(m, x1, x2, reference=other)
+        m.set_reversible(True)
+        def seeded(*xs): torch.manual_seed(0); return m(*xs)
+        assert torch.autograd.gradcheck(seeded, (x1.requires_grad_(), x2.requires_grad_()), fast_mode=True)
 
 def test_a_parameter_with_other_memory_is_refused():
     "As moving a model or swapping averaged weights makes it; the version of the parameter does not tell"

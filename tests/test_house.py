@@ -12,9 +12,13 @@ parser = ConfigParser(delimiters=['='])
 parser.read(root/'settings.ini', encoding='utf8')
 settings = parser['DEFAULT']
 notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-numbered = [p for p in notebooks if re.match(r'\d\d[a-z]?_', p.name) and p.parent.name == 'nbs']
-order = [p.stem.split('_', 1)[1] for p in numbered] # 09b_inference stands between 09_training and 10_benchmark
-modules = [p for p in sorted((root/'revvit').glob('*.py')) if not p.name.startswith('_')]
+numbered = [p for p in notebooks if re.match(r'\d\d[a-z]?_', p.name)]
+stem = lambda p: p.stem.split('_', 1)[1]
+dotted = lambda p, top: '.'.join([*p.parent.relative_to(top).parts, stem(p) if p.suffix == '.ipynb' else p.stem])
+# The coupling, the core, what models are made of, the rest; 09b_inference stands between 09_training and 10_benchmark
+reading = sorted(numbered, key=lambda p: (p.name != '00_coupling.ipynb', ['core','models','nbs'].index(p.parent.name), p.name))
+order = [dotted(p, root/'nbs') for p in reading]
+modules = [p for p in sorted((root/'revvit').rglob('*.py')) if not p.name.startswith('_')]
 name = lambda p: p.relative_to(root).as_posix()
 
 def cells(path, kind):
@@ -47,17 +51,19 @@ def test_readme_has_the_two_commands(command): assert command in (root/'README.m
 @pytest.mark.parametrize('path', numbered, ids=name)
 def test_number_and_module(path):
     "Notebook NN_name makes revvit/name.py, and no other notebook has its number or its module"
-    number,module = path.stem.split('_', 1)
-    assert order.count(module) == 1 and sum(o.name.startswith(number+'_') for o in numbered) == 1
+    number,module = path.name.split('_')[0],dotted(path, root/'nbs')
+    assert order.count(module) == 1 and sum(o.name.startswith(number+'_') for o in numbered if o.parent == path.parent) == 1
     assert f'#| default_exp {module}' in [src.strip() for src,_ in cells(path, 'code')]
-    assert (root/'revvit'/f'{module}.py').exists()
+    assert (root/'revvit'/f"{module.replace('.', '/')}.py").exists()
 
 @pytest.mark.parametrize('path', modules, ids=name)
 def test_imports_only_lower_numbers(path):
     "Reading order is import order: a module uses only modules that a reader has already met"
     tree = ast.parse(path.read_text(encoding='utf8'))
-    used = [o.module for o in ast.walk(tree) if isinstance(o, ast.ImportFrom) and o.level == 1 and o.module]
-    later = [o for o in used if order.index(o) >= order.index(path.stem)]
+    here = path.relative_to(root).parts
+    froms = [o for o in ast.walk(tree) if isinstance(o, ast.ImportFrom) and o.level]
+    used = ['.'.join([*here[1:len(here)-o.level], *([o.module] if o.module else [])]) for o in froms]
+    later = [o for o in used if o and order.index(o) >= order.index(dotted(path, root/'revvit'))]
     assert not later, f'{path.name} imports {later}'
 
 @pytest.mark.parametrize('path', notebooks, ids=name)

@@ -78,7 +78,7 @@ def train(m, xs, opt, on, steps=20):
     "Weights after `steps` steps on shuffled batches"
     m = copy.deepcopy(m)
     m.set_reversible(on)
-    opt,rows = opt(m.parameters()),torch.arange(len(xs[0]))
+    opt,rows = opt(m.parameters()),torch.arange(len(xs[0]), device=DEVICE)
     torch.manual_seed(7)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(rows, *xs), batch_size=8, shuffle=True)
     for _ in range(steps//len(loader)):
@@ -109,7 +109,7 @@ def test_R07_autocast(make, dtype, inside):
     seen = []
     blocks_of(m)[1].f.register_forward_pre_hook(lambda f,args: seen.append(args[0].dtype))
     def run(seed):
-        with torch.autocast('cpu', dtype):
+        with torch.autocast(DEVICE.type, dtype):
             loss = loss_of(m, xs, seed)
             if inside: return torch.autograd.grad(loss, needing(m))
         return torch.autograd.grad(loss, needing(m))
@@ -141,10 +141,10 @@ def test_R09_grad_scaler(make, plant):
     def run():
         m,xs = make(dtype=torch.float32)
         m.set_reversible(on)
-        opt,scaler = torch.optim.SGD(m.parameters(), lr=1e-2),torch.amp.GradScaler('cpu', init_scale=2.**60 if plant=='scale' else 2.**8)
+        opt,scaler = torch.optim.SGD(m.parameters(), lr=1e-2),torch.amp.GradScaler(DEVICE.type, init_scale=2.**60 if plant=='scale' else 2.**8)
         before = [p.detach().clone() for p in m.parameters()]
         for step in range(2):
-            with torch.autocast('cpu', torch.float16): loss = loss_of(m, xs, step)
+            with torch.autocast(DEVICE.type, torch.float16): loss = loss_of(m, xs, step)
             if step==0 and plant=='loss': loss = loss*float('inf')
             scale = scaler.get_scale()
             scaler.scale(loss).backward()
@@ -176,7 +176,7 @@ def test_R10_accumulation_frozen_parameters(make):
 
 def test_R10_four_micro_batches_are_one_batch():
     m,xs = stack(3),streams(8)
-    sums = lambda n: sum((torch.stack(m(*o)).square().sum() for o in zip(*(x.chunk(n) for x in xs))), torch.zeros(()))
+    sums = lambda n: sum((torch.stack(m(*o)).square().sum() for o in zip(*(x.chunk(n) for x in xs))), torch.zeros((), device=DEVICE))
     assert error(torch.autograd.grad(sums(4), needing(m)), plain(m, lambda: torch.autograd.grad(sums(1), needing(m)))) < 1e-12
 
 @pytest.mark.parametrize('layer', [lambda: nn.BatchNorm1d(3), lambda: nn.SyncBatchNorm(3), lambda: nn.InstanceNorm1d(3, track_running_stats=True),
@@ -353,7 +353,7 @@ def test_R18_an_error_in_f_or_g_leaves_nothing_half_done(make, half):
     put(m, half, 1, trap)
     want = plain(m, lambda: grads(m, xs))
     trap.calls = 0
-    with torch.autocast('cpu', torch.bfloat16, enabled=False): grads(m, xs)
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=False): grads(m, xs)
     trap.at = (1, trap.calls+trap.calls) # the first call forwards, the last one backwards
     trap.calls = 0
     with pytest.raises(KeyError, match='trap'): loss_of(m, xs)
@@ -361,7 +361,7 @@ def test_R18_an_error_in_f_or_g_leaves_nothing_half_done(make, half):
     loss = loss_of(m, xs)
     was = rng_states()
     with pytest.raises(KeyError, match='trap'): loss.backward()
-    assert rng_states()==was and torch.is_grad_enabled() and not torch.is_autocast_enabled('cpu') and m.training
+    assert rng_states()==was and torch.is_grad_enabled() and not torch.is_autocast_enabled(DEVICE.type) and m.training
     for (n,p),w in zip(m.named_parameters(), want): # what is behind blocks and tail, autograd did before
         assert p.grad is None or n.startswith(('head',*later(m))) and error([p.grad], [w]) < 1e-9 or 'pool_k.norm.bias' in n, n
     m.zero_grad()
@@ -405,7 +405,7 @@ def other_process():
 def answers(m, xs):
     "Output in evaluation, and gradients in training"
     with torch.no_grad(): out = outputs(m.eval()(*xs))
-    return [o.numpy() for o in (*out, *grads(m.train(), xs))]
+    return [o.cpu().numpy() for o in (*out, *grads(m.train(), xs))]
 
 @both
 def test_R22_copies_fresh_and_used(make, other_process):
@@ -457,6 +457,7 @@ def memory(kind):
             grown,intact = status('VmRSS')-was-sum(x.nbytes for x in xs)/2**20,same(xs, copies)
     return *peaks,grown,intact
 
+@pytest.mark.skipif(DEVICE.type!='cpu', reason='asks the kernel of the host; test_gpu.py asks the device')
 @pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason="Linux counts a process's peak memory, others do not")
 @pytest.mark.parametrize('kind', [sequence, vit])
 def test_R23_memory_does_not_grow_with_depth(kind, other_process):
@@ -468,7 +469,7 @@ def step_bytes(m, xs):
     "What autograd keeps after the forward pass of a training step, and the step's peak"
     def step(): loss_of(m, xs).backward()
     step() # the buffers of the weights' gradients exist from here on
-    return saved_bytes(lambda: loss_of(m, xs), m, *xs),peak_bytes(step)
+    return saved_bytes(lambda: loss_of(m, xs), m, *xs),peak_bytes(step, DEVICE)
 
 @pytest.mark.parametrize('kind, rate', [(mvit,0),(clip,1)])
 @pytest.mark.parametrize('stage', [0,1,2])
@@ -489,7 +490,7 @@ def test_R23_a_rev_mvit_needs_a_tenth_of_plain_and_leaks_nothing(kind):
     assert kept <= .05*plain_kept and peak <= .1*plain_peak, (kept/plain_kept,peak/plain_peak)
     def forwards():
         for _ in range(3): m(*xs)
-    assert live_bytes(forwards) <= .01*kept
+    assert live_bytes(forwards, DEVICE) <= .01*kept
 
 def kept(m, xs): return saved_bytes(lambda: loss_of(m, xs), m, *xs)
 
@@ -543,7 +544,7 @@ def test_R25_batches_of_one_and_of_none(make, b):
 
 def test_R25_memory_layouts():
     m,(x,) = vit(3, 2)
-    wide = torch.randn(5, 3, 32, 64, dtype=torch.float64)
+    wide = torch.randn(5, 3, 32, 64, dtype=torch.float64, device=DEVICE)
     for o in (x.contiguous(memory_format=torch.channels_last), wide[...,::2], x.transpose(2, 3), x[:1].expand(5, 3, 32, 32)): check_grads(m, o)
     m,(a,b) = sequence(3, 2)
     strided = lambda o: o.transpose(0, 2).contiguous().transpose(0, 2)
@@ -584,7 +585,7 @@ def test_R25_another_size_of_image():
 def test_R25_other_sizes_and_numbers_of_frames(name, shape):
     "Not square, odd grids, a single token; the position embedding is resampled and gets its gradient"
     m,_ = CASES[name]()
-    x = torch.randn(3, 3, *shape, dtype=torch.float64)
+    x = torch.randn(3, 3, *shape, dtype=torch.float64, device=DEVICE)
     assert m.eval()(x).shape==(3,5)
     check_grads(m.train(), x)
 

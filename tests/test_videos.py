@@ -306,7 +306,7 @@ def test_R38_lists(tmp):
     path = tmp/'list.csv'
     for text,said in {'': ': the list is empty', '\n\n  \n': ': the list is empty', 'a.mp4': ", line 1: expected `path label`, got 'a.mp4'", 'a.mp4 0\nb.mp4 -1': ", line 2: the label must be a whole number from 0 up, got '-1'",
                       'a.mp4 1.0': "got '1.0'", 'a.mp4 cat': "got 'cat'", 'a.mp4 1e3': "got '1e3'", 'a.mp4 ٣': "got '٣'", 'a.mp4 7': ', line 1: the label must be below 7, got 7', 'a.mp4 999999999999999999999': 'must be below 7',
-                      'a.mp4 0\nb.mp4 0\na.mp4 0': ", line 3: 'a.mp4' is already in line 1", 'a.mp4 0\n./a.mp4 1': ", line 2: './a.mp4' is already in line 1", '"a.mp4 0': ', line 1: the quotes do not match', '"a"b 0': 'the quotes do not match',
+                      'a.mp4 0\nb.mp4 0\na.mp4 1': ", line 3: 'a.mp4' is already in line 1, with another label", 'a.mp4 0\n./a.mp4 1': ", line 2: './a.mp4' is already in line 1, with another label", '"a.mp4 0': ', line 1: the quotes do not match', '"a"b 0': 'the quotes do not match',
                       'a.mp4\t0': 'expected `path label`', 'a.mp4,0': 'expected `path label`', '"x\ny.mp4" 0\nb.mp4 9': ', line 3: the label must be below 7, got 9'}.items():
         path.write_text(text, encoding='utf8')
         with pytest.raises(ValueError) as e: read_clip_list(path, classes=7)
@@ -342,9 +342,27 @@ def test_R38_classes(data, tmp):
     assert says(classes='cat\ndog\ncow')=="t.csv: no video of the class 'cow'"
     assert says(classes='cat')=='classes.txt: names 1 classes, the lists have 2'
     assert says(classes='cat\ncat')=="classes.txt: the class 'cat' is named twice"
-    assert says(train=[*lists['train'], 'train ünï 0.mp4 1'])=="t.csv, line 13: 'train ünï 0.mp4' is already in line 1"
+    assert says(train=[*lists['train'], 'train ünï 0.mp4 1'])=="t.csv, line 13: 'train ünï 0.mp4' is already in line 1, with another label"
     assert 'is in \'t.csv\' too' in says(val=[*lists['val'], lists['train'][0]])
     assert says(train=[*lists['train'], 'gone.mp4 1'])=='gone.mp4: no such video file'
+
+@pytest.mark.parametrize('again', [['0.mp4 0'], ['./0.mp4 0'], ['"1.mp4" 1', '0.mp4 0', 'x/../0.mp4 0']], ids=len)
+@pytest.mark.parametrize('part', ['train','val'])
+def test_R38_a_line_written_twice_is_counted(tmp, part, again):
+    "As two names for one video are: a warning; the video counts once. With another label it is an error"
+    folder = tmp/f'twice {part} {len(again)} {len(again[0])}'
+    folder.mkdir()
+    names = {o: [f'{o}{i}.mp4' for i in (0,1)] for o in ('train','val')}
+    for i,o in enumerate((*names['train'], *names['val'])): write(folder/o, 20, start=i)
+    again = [o.replace('0.mp4', f'{part}0.mp4').replace('1.mp4', f'{part}1.mp4') for o in again]
+    for o,(a,b) in names.items(): (folder/f'{o}.csv').write_text('\n'.join([f'{a} 0', f'{b} 1', *(again if o==part else [])]))
+    d,said = quiet(lambda: dls(folder, bs=2))
+    name,first = again[0].split()[0].strip('"'),int(again[0][-1])+1
+    more = f' (and {len(again)-1} more such lines)' if again[1:] else ''
+    assert said==[f"{folder/f'{part}.csv'}, line 3: {name!r} is already in line {first}{more}: it counts once"]
+    assert len(d.train_ds)==len(d.valid_ds)==2
+    with (folder/f'{part}.csv').open('a') as f: f.write(f'\n{part}1.mp4 0')
+    with pytest.raises(ValueError, match=f"'{part}1.mp4' is already in line 2, with another label"): dls(folder, bs=2)
 
 @pytest.mark.parametrize('how', ['same line','symlink','hard link'])
 def test_R38_videos_in_both_lists(tmp, how):

@@ -123,8 +123,9 @@ class Watch(TorchDispatchMode):
         for clean in (False,True): # a cycle of references may hold it for a while
             if clean: gc.collect()
             alive = [t for k,t in ((k,r()) for k,r in self.made.items()) if t is not None and k not in self.roots]
-            if all(t is last() for t in alive): return False
-            del alive
+            held = (end:=last(), None if end is None else end._base)   # a view holds its base
+            if all(any(t is o for o in held) for t in alive): return False
+            del alive, held, end
         return True
 
 _drawing,_quiet = WeakSet(),WeakSet()   # modules that were seen to draw without a layer that says so, or not to

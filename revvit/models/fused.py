@@ -90,12 +90,13 @@ class FusedAttention(FusedHalf):
         qkv = F.linear(h, *self.ends[0]).view(x.shape[0], x.shape[1], 3, self.num_heads, -1)
         return qkv.permute(2, 0, 3, 1, 4).unbind()
 
-    def attend(self, qkv):
+    def attend(self, h, x):
         "Attention, and a function from its gradient to those of queries, keys and values"
-        if qkv[0].device.type=='cpu' and torch._fused_sdp_choice(*qkv)==_FLASH: # its kernels, without a graph around them
+        qkv = self.heads(h, x)
+        if x.device.type=='cpu' and torch._fused_sdp_choice(*qkv)==_FLASH: # its kernels, without a graph around them
             a,lse = _ops._scaled_dot_product_flash_attention_for_cpu(*qkv, 0., False)
             return a,lambda d: _ops._scaled_dot_product_flash_attention_for_cpu_backward(d, *qkv, a, lse, 0., False)
-        with torch.enable_grad():
+        with torch.enable_grad(): # in both passes: the choice of a kernel depends on it
             leaves = [o.detach().requires_grad_() for o in qkv]
             a = F.scaled_dot_product_attention(*leaves)
         return a.detach(),lambda d: torch.autograd.grad(a, leaves, d)
@@ -103,14 +104,14 @@ class FusedAttention(FusedHalf):
     def rows(self, a): return a.transpose(1, 2).flatten(0, 1).flatten(1)   # B heads N d -> BN D
 
     def forward(self, x):
-        a = F.scaled_dot_product_attention(*self.heads(self.normed(x)[0], x))
+        a,_ = self.attend(self.normed(x)[0], x)
         return F.linear(self.rows(a), *self.ends[1]).view(x.shape)
 
     def vjp(self, x, d, wanted=True):
         "The result, if it is `wanted`, and gradients of `x` and of `params`, for an output gradient `d`"
         (w,b),(wp,bp) = self.ends
         h,mean,rstd = self.normed(x)
-        a,back = self.attend(self.heads(h, x))
+        a,back = self.attend(h, x)
         u,d = self.rows(a),d.view(-1, x.shape[-1])
         o,g2 = F.linear(u, wp, bp).view(x.shape) if wanted else None,self.linear_grads(d, u, bp)
         du = torch.mm(d, wp).view(x.shape[0], x.shape[1], self.num_heads, -1).transpose(1, 2)
@@ -169,6 +170,7 @@ def product_dtype(
     if not all(map(_as_made, modules, kinds)): return None
     if any(o.training and o.p for o in modules if type(o) is nn.Dropout): return None
     norm,linears = modules[1],[o for o in modules if type(o) is nn.Linear]
+    if any('weight' not in o._parameters for o in (norm,*linears)): return None   # a replica's are no parameters
     weights = [p for o in (norm,*linears) for p in o._parameters.values() if p is not None]
     if any(p.dtype!=x.dtype or p.device!=x.device for p in weights) or any(o._buffers for o in modules): return None
     if norm.bias is None or norm.normalized_shape!=x.shape[-1:]: return None
