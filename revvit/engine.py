@@ -436,10 +436,11 @@ def _run_stored(block, i, why, xs):
     "A block by ordinary autograd, and once a sentence about what that costs"
     if block in _told or not torch.is_grad_enabled(): return block(*xs)
     _told.add(block)
-    kept,known = {},{o.untyped_storage().data_ptr() for o in (*xs, *block.parameters(), *block.buffers())}
+    def at(o):   # shards and the like have no memory of their own to look at
+        return o.untyped_storage().data_ptr() if o.layout==torch.strided and type(o) in (torch.Tensor,nn.Parameter) else None
+    kept,known = {},{None,*map(at, (*xs, *block.parameters(), *block.buffers()))}
     def note(t):
-        s = t.untyped_storage() if t.layout==torch.strided and type(t) in (torch.Tensor,nn.Parameter) else None
-        if s is not None and s.data_ptr() not in known: kept[s.data_ptr()] = s.nbytes()
+        if at(t) not in known: kept[at(t)] = t.untyped_storage().nbytes()
         return t
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): out = block(*xs)
     warnings.warn(f"block {i} goes by ordinary autograd, because {why}: it stores {sum(kept.values())/1e6:.3g} MB "
