@@ -6,7 +6,7 @@
 __all__ = ['chunk_size', 'ReversibleBlock', 'ReversibleSequence']
 
 # %% ../nbs/01_engine.ipynb #5c9f2caa
-import torch, warnings
+import threading, torch, warnings
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
@@ -205,6 +205,38 @@ class _Half:
             o = o.new_zeros(x.shape).index_add(0, self.rows, (o if n else o[:0])*self.scale)
         return Snap.apply(o, x.dtype) if self.exact else o
 
+# %% ../nbs/01_engine.ipynb #2cd66ac0
+_told,_caller = WeakSet(),threading.local()   # blocks whose cost was said; whether a sequence calls, in this thread
+
+@contextmanager
+def _by_sequence():
+    "Blocks are called by a sequence, which knows what it does"
+    outer,_caller.now = getattr(_caller, 'now', False),True
+    try: yield
+    finally: _caller.now = outer
+
+def _alone(block, xs):
+    "Is a block called by the user, to train, and for the first time?"
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or getattr(_caller, 'now', False) or block in _told: return False
+    if transforming() or saving_is_hooked(): return False   # as in a checkpoint, which stores nothing
+    return any(o.requires_grad for o in (*xs, *block.parameters()))
+
+def _say_stored(block, fn, name, why, *args):
+    "A block by ordinary autograd, with a sentence about what that costs"
+    _told.add(block)
+    kept,known = {},set()
+    def memory(t): return t.untyped_storage() if t.layout==torch.strided and type(t) in (torch.Tensor,nn.Parameter) else None
+    def note(t):
+        if not known: # not before: FSDP has the weights together from here on
+            known.update(s.data_ptr() for s in map(memory, (*args[:2], *block.parameters(), *block.buffers())) if s is not None)
+        s = memory(t)
+        if s is not None and s.data_ptr() not in known: kept[s.data_ptr()] = s.nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): out = fn(*args)
+    warnings.warn(f"{name} goes by ordinary autograd, because {why}: it stores {sum(kept.values())/1e6:.3g} MB "
+                  "of activations that would be rebuilt", RuntimeWarning)
+    return out
+
 # %% ../nbs/01_engine.ipynb #8b0df977
 @patch
 def forward(self:ReversibleBlock,
@@ -213,6 +245,8 @@ def forward(self:ReversibleBlock,
     chunk:int|None=None, # Images at a time for layers that draw random numbers, and in the exact mode
     exact:bool=False, # Round to the grid of the exact mode
 ):
+    if _alone(self, (x1,x2)):
+        return _say_stored(self, self.forward, 'a ReversibleBlock', 'it is called by itself (give it to a ReversibleSequence)', x1, x2, chunk, exact)
     rows,scale = self._survivors(x1),1/(1-self.drop_path)
     return couple(x1, x2, *(_Half(m, o, scale, chunk, exact) for m,o in zip((self.f,self.g), rows)))
 
@@ -426,26 +460,15 @@ def _why_stored(block):
     "Why a block must go by ordinary autograd, if it must"
     if global_hooks(): return 'there are hooks on all modules'
     hooks = block._forward_hooks or block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks
+    if any('FSDP' in o.__name__ for o in type(block).__mro__): return 'fully_shard was called on it (call it on the whole sequence instead)'
     if hooks: return 'there is a hook on it'
     if 'forward' in block.__dict__ or type(block).forward is not _BLOCK_FORWARD: return 'it has a forward of its own'
     if block._compiled_call_impl is not None: return 'it is compiled (compile its F and G instead)'
 
-_told = WeakSet()   # blocks whose cost was said
-
 def _run_stored(block, i, why, xs):
     "A block by ordinary autograd, and once a sentence about what that costs"
     if block in _told or not torch.is_grad_enabled(): return block(*xs)
-    _told.add(block)
-    def at(o):   # shards and the like have no memory of their own to look at
-        return o.untyped_storage().data_ptr() if o.layout==torch.strided and type(o) in (torch.Tensor,nn.Parameter) else None
-    kept,known = {},{None,*map(at, (*xs, *block.parameters(), *block.buffers()))}
-    def note(t):
-        if at(t) not in known: kept[at(t)] = t.untyped_storage().nbytes()
-        return t
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): out = block(*xs)
-    warnings.warn(f"block {i} goes by ordinary autograd, because {why}: it stores {sum(kept.values())/1e6:.3g} MB "
-                  "of activations that would be rebuilt", RuntimeWarning)
-    return out
+    return _say_stored(block, block, f'block {i}', why, *xs)
 
 # %% ../nbs/01_engine.ipynb #b0ef6c4f
 def _span(blocks):
@@ -468,7 +491,8 @@ def _reverse(self:ReversibleSequence, x1, x2, tail, exact):
             tape = _Tape(name, exact and bool(blocks), amp, fresh, params, k>=last-1)
             out = self._run(blocks, *out, tail if k==last else None, tape)
         else:
-            for i,b in blocks: out = _run_stored(b, i, why, out)
+            with _by_sequence():
+                for i,b in blocks: out = _run_stored(b, i, why, out)
             params += [p for _,b in blocks for p in b.parameters()]
     return out
 
@@ -476,11 +500,12 @@ def _reverse(self:ReversibleSequence, x1, x2, tail, exact):
 def _store(self:ReversibleSequence, x1, x2, tail, exact):
     "All blocks by ordinary autograd"
     chunk,snapped = self.chunk,False
-    for b in self:
-        if torch.compiler.is_compiling() or _why_stored(b) is not None: (x1,x2),snapped = b(x1, x2),False
-        else:
-            if exact and not snapped: (x1,x2),snapped = (Snap.apply(o, o.dtype) for o in (x1,x2)),True
-            x1,x2 = b.forward(x1, x2, chunk, exact)
+    with nullcontext() if torch.compiler.is_compiling() else _by_sequence():
+        for b in self:
+            if torch.compiler.is_compiling() or _why_stored(b) is not None: (x1,x2),snapped = b(x1, x2),False
+            else:
+                if exact and not snapped: (x1,x2),snapped = (Snap.apply(o, o.dtype) for o in (x1,x2)),True
+                x1,x2 = b.forward(x1, x2, chunk, exact)
     return (x1,x2) if tail is None else _stored(tail, (x1,x2), chunk, exact)
 
 # %% ../nbs/01_engine.ipynb #c75c9473
