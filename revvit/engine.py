@@ -217,18 +217,20 @@ def _by_sequence():
 
 def _alone(block, xs):
     "Is a block called by the user, to train, and for the first time?"
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or getattr(_caller, 'now', False) or block in _told: return False
-    if transforming() or saving_is_hooked(): return False   # as in a checkpoint, which stores nothing
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled(): return False
+    if getattr(_caller, 'now', False) or block in _told or transforming(): return False
+    if saving_is_hooked(): return False   # as in a checkpoint, which stores nothing
     return any(o.requires_grad for o in (*xs, *block.parameters()))
 
 def _say_stored(block, fn, name, why, *args):
     "A block by ordinary autograd, with a sentence about what that costs"
     _told.add(block)
     kept,known = {},set()
-    def memory(t): return t.untyped_storage() if t.layout==torch.strided and type(t) in (torch.Tensor,nn.Parameter) else None
+    def memory(t): # shards and the like have none of their own to look at
+        if t.layout==torch.strided and type(t) in (torch.Tensor,nn.Parameter): return t.untyped_storage()
     def note(t):
         if not known: # not before: FSDP has the weights together from here on
-            known.update(s.data_ptr() for s in map(memory, (*args[:2], *block.parameters(), *block.buffers())) if s is not None)
+            known.update(o.data_ptr() for o in map(memory, (*args[:2], *block.parameters(), *block.buffers())) if o is not None)
         s = memory(t)
         if s is not None and s.data_ptr() not in known: kept[s.data_ptr()] = s.nbytes()
         return t
@@ -246,7 +248,8 @@ def forward(self:ReversibleBlock,
     exact:bool=False, # Round to the grid of the exact mode
 ):
     if _alone(self, (x1,x2)):
-        return _say_stored(self, self.forward, 'a ReversibleBlock', 'it is called by itself (give it to a ReversibleSequence)', x1, x2, chunk, exact)
+        why = 'it is called by itself (give it to a ReversibleSequence)'
+        return _say_stored(self, self.forward, 'a ReversibleBlock', why, x1, x2, chunk, exact)
     rows,scale = self._survivors(x1),1/(1-self.drop_path)
     return couple(x1, x2, *(_Half(m, o, scale, chunk, exact) for m,o in zip((self.f,self.g), rows)))
 
