@@ -82,7 +82,8 @@ def _check_zip(f, size):
     where = int.from_bytes(tail[-50:-42] if wide else tail[-6:-2], 'little')
     if where!=start or wide and (tail[:4]!=b'PK\6\6' or int.from_bytes(tail[-34:-26], 'little')!=end-76):
         raise CheckpointError("its table of contents is not where it should be")
-    if any(o.compress_type for o in infos): raise CheckpointError("its entries are compressed, which PyTorch never does")
+    if any(o.compress_type for o in infos):
+        raise CheckpointError("its entries are compressed, which PyTorch never does")
     if sum(o.file_size for o in infos)>size or len({o.filename.lower() for o in infos})<len(infos):
         raise CheckpointError("its entries overlap, or are larger than the file")
     with zipfile.ZipFile(f) as z:
@@ -142,13 +143,15 @@ def _content(f, start):
 def _check_local(path):
     "Refuse an address, also one that became a path"
     if m := re.match(r'(\w[\w+.-]+):/+(?=\w)', str(path)):
-        raise CheckpointError(f"cannot read {m[1]}://{str(path)[m.end():]}: addresses are not read, download the file first")
+        raise CheckpointError(f"cannot read {m[1]}://{str(path)[m.end():]}: addresses are not read, download the file "
+                              "first")
 
 def _check_file(path):
     "Refuse what is no file that can be read at any place"
     _check_local(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise CheckpointError(f"cannot read {path}: it is a pipe or a device, save what comes out of it as a file first")
+        raise CheckpointError(f"cannot read {path}: it is a pipe or a device, save what comes out of it as a file "
+                              "first")
 
 def read_checkpoint(
     path, # Published or own checkpoint, safetensors file, or folder of a Hugging Face Hub model
@@ -314,7 +317,8 @@ def _checked(model, content, path, strict=True, new_head=False, new_size=False):
     report = _compare(path, tensors, model, new_head, None if new_size else grids)
     if new_size and 'pos_embed' in report.loaded: report.grids = report.resampled = grids
     if strict and report.problems():
-        raise CheckpointError(f"{path} does not fit this {type(model).__name__}: {report.problems()}{_advice(report, new_head)}")
+        raise CheckpointError(f"{path} does not fit this {type(model).__name__}: "
+                              f"{report.problems()}{_advice(report, new_head)}")
     return tensors,report
 
 def _fill(model, content, path, strict=True, new_head=False, new_size=False):
@@ -355,7 +359,8 @@ def _built(content, path, device=None):
         with torch.device(device) if device else nullcontext(): return kind(**content['model_args'])
     except CheckpointError: raise
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as e:
-        raise CheckpointError(f"cannot build the {content['model']} that {path} describes: {str(e).partition(chr(10))[0]}") from e
+        raise CheckpointError(f"cannot build the {content['model']} that {path} describes: "
+                              f"{str(e).partition(chr(10))[0]}") from e
 
 # %% ../nbs/06_checkpoints.ipynb #8e316377
 def _translated(model, content, path, new_size):

@@ -51,8 +51,10 @@ def _flags(func, said):
     return said
 
 # %% ../nbs/11_cli.ipynb #edab9301
-_relief = dict(batch_size="a smaller --batch-size", chunk="a smaller --chunk, which --resume allows too", keep="a smaller --keep",
-    amp="--amp bf16 on a GPU that has it", views="fewer --views of a video", workers="fewer --workers", device="--device cpu, if that has more")
+_relief = dict(batch_size="a smaller --batch-size", chunk="a smaller --chunk, which --resume allows too",
+               keep="a smaller --keep",
+    amp="--amp bf16 on a GPU that has it", views="fewer --views of a video", workers="fewer --workers",
+    device="--device cpu, if that has more")
 
 def _ended(func, e):
     "Exit code and last words (None for none) when `func` raised `e`; (None, None) for a fault of ours"
@@ -89,7 +91,8 @@ def command(func):
         warnings.filterwarnings('ignore', category=FutureWarning)   # fastai and timm still use torch.jit
         words = [a.split('=')[0].replace('_','-') + a[len(a.split('=')[0]):] if a.startswith('--') else a for a in (sys.argv[1:] if argv is None else argv)]
         try:
-            if signal.getsignal(signal.SIGINT) is revvit._interrupted: signal.signal(signal.SIGINT, signal.default_int_handler)
+            if signal.getsignal(signal.SIGINT) is revvit._interrupted:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             args = vars(_parser(func).parse_args(words))
             _check_words(args)
             code = func(**args) or 0
@@ -126,7 +129,8 @@ def _known(folder):
 def _begun(folder):
     "Was a run begun in `folder` that has no state because it was stopped before the first?"
     names,log = {o.name for o in folder.iterdir() if not (o.name[0]=='.' and o.suffix=='.tmp')},folder/'history.csv'
-    if 'config.json' not in names or 'history.png' in names or log.exists() and log.read_bytes().count(b'\n')>2: return False
+    if 'config.json' not in names or 'history.png' in names or log.exists() and log.read_bytes().count(b'\n')>2:
+        return False
     cfg = _known(folder)
     return names<={'config.json','history.csv','checkpoint.pth'} if cfg is None else 'recipe' in cfg
 
@@ -134,15 +138,19 @@ def _again(folder, told):
     "Say how it stands with the run in `folder`, and refuse to begin another one there"
     cfg,none = _known(folder),not any(folder.glob('state-*.pth'))
     for k,v in loads(dumps(told)).items():
-        if none and cfg and cfg.get(k, v)!=v: raise ValueError(f"{folder} was begun by another command: its {k} is {cfg[k]!r}, here it is {v!r}")
-    if cfg is None: print(f"{folder/'config.json'} {'cannot be read' if (folder/'config.json').exists() else 'is missing'}: it is written anew")
+        if none and cfg and cfg.get(k, v)!=v:
+            raise ValueError(f"{folder} was begun by another command: its {k} is {cfg[k]!r}, here it is {v!r}")
+    if cfg is None:
+        print(f"{folder/'config.json'} {'cannot be read' if (folder/'config.json').exists() else 'is missing'}: it is "
+              "written anew")
     if none: print(f"{folder}: stopped before its first state, so the run begins again")
     return folder
 
 # %% ../nbs/11_cli.ipynb #3b00bad3
 def _resumable(out, name):
     "The folder to go on in; None if there is none"
-    runs = [out] if out is not None else [o for o in Path('runs').glob(f'{name}*') if o.name==name or o.name.removeprefix(f'{name}-').isdigit()]
+    def ours(o): return o.name==name or o.name.removeprefix(f'{name}-').isdigit()
+    runs = [out] if out is not None else [o for o in Path('runs').glob(f'{name}*') if ours(o)]
     last = {o: [*o.glob('state-*.pth')] or [o/'config.json']*_begun(o) for o in runs if o.is_dir()}
     return max((o for o in last if last[o]), key=lambda o: max(map(os.path.getmtime, last[o])), default=None)
 
@@ -171,7 +179,8 @@ def _settings(r):
 def _config(r, learn, **kwargs):
     "What was decided, for the screen and for `config.json`"
     import torch, timm, fastai, revvit
-    cfg = {**kwargs, **_settings(r), 'parameters': sum(o.numel() for o in learn.model.parameters()), 'device': str(torch.device(learn.dls.device)), 'threads': torch.get_num_threads(),
+    cfg = {**kwargs, **_settings(r), 'parameters': sum(o.numel() for o in learn.model.parameters()),
+           'device': str(torch.device(learn.dls.device)), 'threads': torch.get_num_threads(),
            'training items': len(learn.dls.train_ds), 'test items': len(learn.dls.valid_ds), 'versions': dict(revvit=revvit.__version__, torch=torch.__version__, timm=timm.__version__, fastai=fastai.__version__, python=platform.python_version())}
     return cfg
 
@@ -180,8 +189,11 @@ def _fit(learn, epochs, ckpt):
     "Train; if stopped, say what is left. Returns the seconds it took"
     from revvit.device import out_of_memory
     t = time.time()
-    def on(): return f"the same command with --resume {'goes on' if any(ckpt.parent.glob('state-*.pth')) else 'begins again'}"
-    def left(): return f"{ckpt} holds the model after epoch {len(learn.recorder.values)-1}, and {on()}" if ckpt.exists() else f"no epoch was finished, so there is no checkpoint; {on()}"
+    def on():
+        return f"the same command with --resume {'goes on' if any(ckpt.parent.glob('state-*.pth')) else 'begins again'}"
+    def left():
+        if not ckpt.exists(): return f"no epoch was finished, so there is no checkpoint; {on()}"
+        return f"{ckpt} holds the model after epoch {len(learn.recorder.values)-1}, and {on()}"
     try: learn.fit(epochs)
     except KeyboardInterrupt:
         print()
@@ -189,7 +201,8 @@ def _fit(learn, epochs, ckpt):
     except (RuntimeError,MemoryError,OSError) as e:   # PyTorch notices a dead reader by a signal, anywhere in the loop
         if full := out_of_memory(e):
             print()
-            raise MemoryError(f"{full}, in epoch {getattr(learn, 'epoch', 0)} with batches of {learn.dls.train.bs}; {left()}") from None
+            raise MemoryError(f"{full}, in epoch {getattr(learn, 'epoch', 0)} with batches of {learn.dls.train.bs}; "
+                              f"{left()}") from None
         if not ('a process that reads data was ended' in str(e) or 'DataLoader worker (pid' in str(e)): raise
         raise ChildProcessError(f"stopped in epoch {learn.epoch}: a process that reads data was killed, most often for want of memory; {left()}") from e
     return time.time()-t
@@ -217,11 +230,13 @@ def _check_flags(recipe, seed, amp, on_bad, weights, new_head, new_size, save_mi
     from revvit.training import recipes
     if recipe not in recipes: raise ValueError(f"there is no recipe {recipe!r}; there is: {', '.join(recipes)}")
     if not 0<=seed<2**32: raise ValueError(f"seed must be from 0 to {2**32-1}, got {seed}")
-    if save_minutes is not None and not 0<save_minutes<float('inf'): raise ValueError(f"save_minutes must be a number above 0, got {save_minutes}")
+    if save_minutes is not None and not 0<save_minutes<float('inf'):
+        raise ValueError(f"save_minutes must be a number above 0, got {save_minutes}")
     for k,v,known in (('amp', amp, ('auto','bf16','fp16','off')), ('on_bad', on_bad, ('raise','skip'))):
         if v not in known: raise ValueError(f"{k} must be {', '.join(known[:-1])} or {known[-1]}, got {v!r}")
     for k,v in dict(new_head=new_head, new_size=new_size).items():
-        if v and not weights: raise ValueError(f"{k}=True goes with --weights: name the file to start from, or leave it out")
+        if v and not weights:
+            raise ValueError(f"{k}=True goes with --weights: name the file to start from, or leave it out")
 
 def _own_data(r, data, workers, on_bad, root, allow_shared=False):
     "Where the data are, and keywords for their loader"
@@ -230,7 +245,8 @@ def _own_data(r, data, workers, on_bad, root, allow_shared=False):
         return None,dict(workers=workers or 0)
     if r.data!='moving_digits' and workers is None: workers = max(1, min(16, os.cpu_count()//int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
     if root and r.data!='clips': raise ValueError(f"--root is for lists of videos: leave it out for {r.data}")
-    return data,dict(workers=workers or 0, on_bad=on_bad, **({'root': str(root)} if root else {}), **({'allow_shared': True} if allow_shared else {}))
+    return data,dict(workers=workers or 0, on_bad=on_bad, **({'root': str(root)} if root else {}),
+                     **({'allow_shared': True} if allow_shared else {}))
 
 # %% ../nbs/11_cli.ipynb #a2dc0731
 def _recipe(name, average, threads, **changes):
@@ -286,10 +302,13 @@ def revvit_train(
     r = _recipe(recipe, average, threads, epochs=epochs, batch_size=batch_size, lr=lr)
     world = join_group()
     try:
-        learn,kwargs = _learner(r, data, seed, amp, weights, new_head, new_size, workers, on_bad, root, device, chunk, allow_shared)
+        learn,kwargs = _learner(r, data, seed, amp, weights, new_head, new_size, workers, on_bad, root, device, chunk,
+                                allow_shared)
         told = dict(recipe=recipe, seed=seed, amp=amp, weights=str(weights or ''), new_head=new_head, new_size=new_size)
         out = from_first(_claim, out, recipe, resume, {**_settings(r), **told})
-        done = _train(learn, r, out, resume, save_steps, save_minutes, dict(told, data=str(data or ''), out=str(out), resume=resume, save_steps=save_steps, save_minutes=save_minutes, chunk=chunk, processes=world, **kwargs))
+        done = _train(learn, r, out, resume, save_steps, save_minutes,
+                      dict(told, data=str(data or ''), out=str(out), resume=resume, save_steps=save_steps,
+                           save_minutes=save_minutes, chunk=chunk, processes=world, **kwargs))
     finally: leave_group()
     if done is not None: _finish(learn, r, out, data, done, kwargs['workers'], root)
 
@@ -303,7 +322,9 @@ def _train(learn, r, out, resume, save_steps, save_minutes, told):
     record_run(learn, out, r.image_cfg)
     distribute(keep_state(learn, out, resume, save_steps, minutes=save_minutes))
     if not rank_distrib():
-        if t := learn.keep_state.pending: print(f"{out}: " + (f"all {r.epochs} epochs are done, nothing is left to train" if t['epoch']>=r.epochs else f"goes on in epoch {t['epoch']} after {t['step']} steps of it"))
+        if t := learn.keep_state.pending:
+            on = f"goes on in epoch {t['epoch']} after {t['step']} steps of it"
+            print(f"{out}: {on if t['epoch']<r.epochs else f'all {r.epochs} epochs are done, nothing is left to train'}")
         cfg = _config(r, learn, **told)
         for k,v in cfg.items(): print(f'{k:16} {v}')
         _write(out/'config.json', dumps(cfg, indent=1))
@@ -320,7 +341,8 @@ def _finish(learn, r, out, data, took, workers, root):
     elif r.data=='moving_digits':
         from revvit.videos import moving_digits
         folder = moving_digits(data)
-        best,sample = _test(out, r, folder, workers, None, learn.dls.device),folder/(folder/'val.csv').read_text().split()[0]
+        best = _test(out, r, folder, workers, None, learn.dls.device)
+        sample = folder/(folder/'val.csv').read_text().split()[0]
     else: best,sample = _test(out, r, data, workers, root, learn.dls.device),None
     print(f"{best}, {took:.0f} s of training; in {out}: {', '.join(sorted(o.name for o in out.iterdir()))}")
     if sample: print(f"Now try: revvit_predict {shlex.quote(str(sample))}{elsewhere}")
@@ -352,7 +374,8 @@ def _check_out(path):
     "Refuse a file that could not be written, before the work, and remove an old one"
     if path.is_dir(): raise ValueError(f"{path}: a folder, not a file to write")
     if not path.parent.is_dir(): raise ValueError(f"{path}: there is no folder {path.parent}")
-    if path.exists() and path.suffix!='.npz': raise ValueError(f"{path}: there is such a file, and its name does not end in .npz: choose another")
+    if path.exists() and path.suffix!='.npz':
+        raise ValueError(f"{path}: there is such a file, and its name does not end in .npz: choose another")
     path.unlink(missing_ok=True)   # or after a failure that of another run would look like ours
 
 # %% ../nbs/11_cli.ipynb #ff27fac3

@@ -61,7 +61,8 @@ class Distribute(Callback):
     "Train with the other processes of the group"
     order = -9   # after fastai has put the model on its device and switched it to train()
     def before_fit(self):
-        if _searching(self.learn): raise ValueError("lr_find is for one process: look for the rate without torchrun, then start the run")
+        if _searching(self.learn):
+            raise ValueError("lr_find is for one process: look for the rate without torchrun, then start the run")
         odd = [o.name for o in self.learn.metrics if not isinstance(o, AvgMetric)]
         if odd: raise ValueError(f"{odd[0]} is no mean over items, so its parts in several processes cannot be added up: measure it afterwards, in one process")
     def before_train(self):

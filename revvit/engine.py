@@ -6,7 +6,7 @@
 __all__ = ['chunk_size', 'ReversibleBlock', 'ReversibleSequence']
 
 # %% ../nbs/01_engine.ipynb #b080f55c
-import torch, warnings
+import threading, torch, warnings
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
@@ -207,6 +207,40 @@ class _Half:
         return Snap.apply(o, x.dtype) if self.exact else o
 
 # %% ../nbs/01_engine.ipynb #af227a84
+_told,_caller = WeakSet(),threading.local()   # blocks whose cost was said; whether a sequence calls, in this thread
+
+@contextmanager
+def _by_sequence():
+    "Blocks are called by a sequence, which knows what it does"
+    outer,_caller.now = getattr(_caller, 'now', False),True
+    try: yield
+    finally: _caller.now = outer
+
+def _alone(block, xs):
+    "Is a block called by the user, to train, and for the first time?"
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled(): return False
+    if getattr(_caller, 'now', False) or block in _told or transforming(): return False
+    if saving_is_hooked(): return False   # as in a checkpoint, which stores nothing
+    return any(o.requires_grad for o in (*xs, *block.parameters()))
+
+def _say_stored(block, fn, name, why, *args):
+    "A block by ordinary autograd, with a sentence about what that costs"
+    _told.add(block)
+    kept,known = {},set()
+    def memory(t): # shards and the like have none of their own to look at
+        if t.layout==torch.strided and type(t) in (torch.Tensor,nn.Parameter): return t.untyped_storage()
+    def note(t):
+        if not known: # not before: FSDP has the weights together from here on
+            known.update(o.data_ptr() for o in map(memory, (*args[:2], *block.parameters(), *block.buffers())) if o is not None)
+        s = memory(t)
+        if s is not None and s.data_ptr() not in known: kept[s.data_ptr()] = s.nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): out = fn(*args)
+    warnings.warn(f"{name} goes by ordinary autograd, because {why}: it stores {sum(kept.values())/1e6:.3g} MB "
+                  "of activations that would be rebuilt", RuntimeWarning)
+    return out
+
+# %% ../nbs/01_engine.ipynb #fbc47f90
 @patch
 def forward(self:ReversibleBlock,
     x1:torch.Tensor, # First stream
@@ -214,6 +248,9 @@ def forward(self:ReversibleBlock,
     chunk:int|None=None, # Images at a time for layers that draw random numbers, and in the exact mode
     exact:bool=False, # Round to the grid of the exact mode
 ):
+    if _alone(self, (x1,x2)):
+        why = 'it is called by itself (give it to a ReversibleSequence)'
+        return _say_stored(self, self.forward, 'a ReversibleBlock', why, x1, x2, chunk, exact)
     rows,scale = self._survivors(x1),1/(1-self.drop_path)
     return couple(x1, x2, *(_Half(m, o, scale, chunk, exact) for m,o in zip((self.f,self.g), rows)))
 
@@ -442,26 +479,18 @@ def _why_stored(block):
     "Why a block must go by ordinary autograd, if it must"
     if global_hooks(): return 'there are hooks on all modules'
     hooks = block._forward_hooks or block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks
+    if any('FSDP' in o.__name__ for o in type(block).__mro__):
+        return 'fully_shard was called on it (call it on the whole sequence instead)'
     if hooks: return 'there is a hook on it'
     if 'forward' in block.__dict__ or type(block).forward is not _BLOCK_FORWARD: return 'it has a forward of its own'
     if block._compiled_call_impl is not None: return 'it is compiled (compile its F and G instead)'
 
 _KEPT = 'keep says so'
-_told = WeakSet()   # blocks whose cost was said
 
 def _run_stored(block, i, why, xs):
     "A block by ordinary autograd, and once a sentence about what that costs"
     if block in _told or not torch.is_grad_enabled(): return block(*xs)
-    _told.add(block)
-    kept,known = {},{o.untyped_storage().data_ptr() for o in (*xs, *block.parameters(), *block.buffers())}
-    def note(t):
-        s = t.untyped_storage() if t.layout==torch.strided and type(t) in (torch.Tensor,nn.Parameter) else None
-        if s is not None and s.data_ptr() not in known: kept[s.data_ptr()] = s.nbytes()
-        return t
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): out = block(*xs)
-    warnings.warn(f"block {i} goes by ordinary autograd, because {why}: it stores {sum(kept.values())/1e6:.3g} MB "
-                  "of activations that would be rebuilt", RuntimeWarning)
-    return out
+    return _say_stored(block, block, f'block {i}', why, *xs)
 
 # %% ../nbs/01_engine.ipynb #57d72067
 def _span(blocks):
@@ -486,7 +515,8 @@ def _reverse(self:ReversibleSequence, x1, x2, tail, exact):
             out = self._run(blocks, *out, tail if k==last else None, tape, range(n-plan.x2, n))
         elif why is _KEPT: out = self._stored_run(blocks, *out, exact)
         else:
-            for i,b in blocks: out = _run_stored(b, i, why, out)
+            with _by_sequence():
+                for i,b in blocks: out = _run_stored(b, i, why, out)
             params += [p for _,b in blocks for p in b.parameters()]
     return out
 
@@ -494,11 +524,12 @@ def _reverse(self:ReversibleSequence, x1, x2, tail, exact):
 def _stored_run(self:ReversibleSequence, blocks, x1, x2, exact):
     "`blocks`, with their numbers, by ordinary autograd"
     snapped = False
-    for _,b in blocks:
-        if torch.compiler.is_compiling() or _why_stored(b) is not None: (x1,x2),snapped = b(x1, x2),False
-        else:
-            if exact and not snapped: (x1,x2),snapped = (Snap.apply(o, o.dtype) for o in (x1,x2)),True
-            x1,x2 = b.forward(x1, x2, self.chunk, exact)
+    with nullcontext() if torch.compiler.is_compiling() else _by_sequence():
+        for _,b in blocks:
+            if torch.compiler.is_compiling() or _why_stored(b) is not None: (x1,x2),snapped = b(x1, x2),False
+            else:
+                if exact and not snapped: (x1,x2),snapped = (Snap.apply(o, o.dtype) for o in (x1,x2)),True
+                x1,x2 = b.forward(x1, x2, self.chunk, exact)
     return x1,x2
 
 @patch

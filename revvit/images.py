@@ -313,7 +313,8 @@ def digits_dls(
     return DataLoaders(EpochDL(dsets.train, shuffle=True, drop_last=True, **same), EpochDL(dsets.valid, **same), device=device)
 
 # %% ../nbs/07_images.ipynb #da6c27d4
-image_suffixes = tuple('.jpg .jpeg .png .ppm .bmp .pgm .tif .tiff .webp .apng .avif .dib .gif .j2k .jfif .jp2 .jpe .jpx .mpo .pbm .pnm .qoi .tga'.split())
+image_suffixes = tuple('.jpg .jpeg .png .ppm .bmp .pgm .tif .tiff .webp .apng .avif .dib .gif .j2k .jfif .jp2 .jpe '
+                       '.jpx .mpo .pbm .pnm .qoi .tga'.split())
 video_suffixes = tuple('.3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv'.split())
 
 def is_hidden(
@@ -342,7 +343,8 @@ def class_items(
                     example = example or os.path.join(at, o)
     if n := out.total():
         kinds = ', '.join(f'{v} {k}' for k,v in out.most_common() if v)
-        warnings.warn(f"{folder}: {n} file{'s are' if n>1 else ' is'} left out, being none of {', '.join(suffixes[:3])} and such: {kinds}{f' (as {example})' if example else ''}")
+        warnings.warn(f"{folder}: {n} file{'s are' if n>1 else ' is'} left out, being none of "
+                      f"{', '.join(suffixes[:3])} and such: {kinds}{f' (as {example})' if example else ''}")
     return [(os.path.join(at, o), i) for at,o,i in sorted(found)]
 
 # %% ../nbs/07_images.ipynb #0e627209
@@ -366,7 +368,8 @@ def _look_at(path, kind):
     try: st = os.stat(path)
     except FileNotFoundError: return (0,0),f"no such {kind} file"
     except OSError as e: return (0,0),e.strerror
-    why = f"the {kind} file is empty (0 bytes)" if not st.st_size else None if os.access(path, os.R_OK) else "no permission to read it"
+    may = os.access(path, os.R_OK)
+    why = f"the {kind} file is empty (0 bytes)" if not st.st_size else None if may else "no permission to read it"
     return (st.st_dev,st.st_ino) if st.st_ino else (0,0), why
 
 def file_faults(
@@ -383,7 +386,9 @@ def file_faults(
         if not any(key): continue
         j,q = seen.setdefault(key, (i,p))
         if i!=j: (shared if j<len(train)<=i else again).append(f"{q} and {p} are one and the same file")
-    if shared and not allow_shared: raise ValueError(f"{shared[0]}{_more(shared)}, in training and held out: allow it by allow_shared (--allow-shared) if that is meant")
+    if shared and not allow_shared:
+        raise ValueError(f"{shared[0]}{_more(shared)}, in training and held out: allow it by allow_shared "
+                         "(--allow-shared) if that is meant")
     for o,where in ((shared, ', in training and held out'), (again, '')):
         if o: warnings.warn(f"{o[0]}{_more(o)}{where}")
     return faults
@@ -397,7 +402,9 @@ def leave_out(
     "Raise an error about faulty files, or warn that they are left out"
     said = list(faults.values())
     if said and on_bad=='raise': raise UnreadableFile(said[0] + _more(said))
-    if said: warnings.warn(f"{len(said)} unreadable file{'s are' if said[1:] else ' is'} left out: {'; '.join(said[:3])}{'; ...' if said[3:] else ''}")
+    if said:
+        warnings.warn(f"{len(said)} unreadable file{'s are' if said[1:] else ' is'} left out: "
+                      f"{'; '.join(said[:3])}{'; ...' if said[3:] else ''}")
 
 # %% ../nbs/07_images.ipynb #9df57925
 def image_files(
@@ -419,13 +426,15 @@ def image_files(
     parts = [[(p,i) for p,i in o if p not in faults] for o in parts]
     for r,o in zip(roots, parts):
         if empty := [vocab[i] for i in np.flatnonzero(np.bincount([i for _,i in o], minlength=len(vocab))==0)]:
-            raise ValueError(f"{r}: no images for the class {_some(empty)} (files that end in {', '.join(image_suffixes)})")
+            raise ValueError(f"{r}: no images for the class {_some(empty)} (files that end in "
+                             f"{', '.join(image_suffixes)})")
     return *([p for p,_ in o] for o in parts), vocab
 
 # %% ../nbs/07_images.ipynb #139cde24
 rand_augs = dict(rev_vit_s='rand-m7-mstd0.5-inc1', rev_vit_b='rand-m6-n5-mstd0.5-inc1', rev_mvit_b='rand-m9-n6-mstd0.5-inc1', rev_mvit_b_16x4='rand-m7-n4-mstd0.5-inc1')
 
-def _posterize(image, bits, **kwargs): return posterize(image, bits, **kwargs) if bits else Image.new(image.mode, image.size)
+def _posterize(image, bits, **kwargs):
+    return posterize(image, bits, **kwargs) if bits else Image.new(image.mode, image.size)
 
 def _allow_zero_bits(rand_augment):
     "timm's RandAugment, posterizing down to no bits at all, as with the Pillow of its time"
@@ -442,7 +451,8 @@ def train_tfm(
     hflip:float=.5, # Share of images that are mirrored
 ): # timm's transform: Pillow image to normalised tensor (C, H, W)
     "Crop, flip, RandAugment, normalise, erase"
-    tfm = create_transform(tuple(cfg['input_size'])[1:], is_training=True, scale=scale, ratio=(3/4,4/3), hflip=hflip, color_jitter=color_jitter, auto_augment=rand_aug,
+    tfm = create_transform(tuple(cfg['input_size'])[1:], is_training=True, scale=scale, ratio=(3/4,4/3), hflip=hflip,
+                           color_jitter=color_jitter, auto_augment=rand_aug,
         interpolation=cfg['interpolation'], mean=cfg['mean'], std=cfg['std'], re_prob=erase, re_mode='pixel', re_count=1)
     for o in tfm.transforms:
         if isinstance(o, RandAugment): _allow_zero_bits(o)
@@ -530,6 +540,7 @@ def shard_dls(
     def dataset(split, tfm, **kwargs): return create_dataset('wds/', root=str(path), split=split, transform=tfm, batch_size=bs, seed=seed, **kwargs)
     ds,held = dataset(train, train_tfm(cfg, **(aug or {})), is_training=True),dataset(valid, ImageTransform(cfg).tfm)
     ds.set_loader_cfg(num_workers=workers)
-    dls = DataLoaders(_ShardDL(ds, bs, seed, num_workers=workers, drop_last=True), _ShardDL(held, bs, seed, num_workers=1), device=pick_device(device))
+    dls = DataLoaders(_ShardDL(ds, bs, seed, num_workers=workers, drop_last=True),
+                      _ShardDL(held, bs, seed, num_workers=1), device=pick_device(device))
     dls.vocab = vocab
     return dls

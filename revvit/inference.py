@@ -52,7 +52,8 @@ def _views(model, path, views):
     from revvit.videos import is_video
     _check_local(path)
     if _is_clip(model):
-        if Path(path).suffix.lower() in image_suffixes: raise ValueError(f"{path}: an image, but the model takes clips of {model.num_frames} frames")
+        if Path(path).suffix.lower() in image_suffixes:
+            raise ValueError(f"{path}: an image, but the model takes clips of {model.num_frames} frames")
         return _transform(model, views)(path)
     if is_video(path): raise ValueError(f"{path}: a video, but the model takes images")
     return _transform(model, views)(path)[None]
@@ -97,18 +98,23 @@ def _fit(path, name, content):
 def _recognise(path, content):
     "Name and number of classes of the model of ours that the tensors in a file fit"
     fits = [(n,k) for n in _ours() for k,fit in [_fit(path, n, content)] if fit]
-    if len(fits)!=1: raise ValueError(f"{path} does not say which model it is for: add its name (--model), one of {', '.join(_ours())}")
+    if len(fits)!=1:
+        raise ValueError(f"{path} does not say which model it is for: add its name (--model), one of "
+                         f"{', '.join(_ours())}")
     return fits[0]
 
 # %% ../nbs/09b_inference.ipynb #f9a7ced9
 def _fetch(name):
     "Model `name` with its published weights"
-    if not is_model_pretrained(name): raise ValueError(f"no published weights of {name} are known: give a file of weights (--weights)")
+    if not is_model_pretrained(name):
+        raise ValueError(f"no published weights of {name} are known: give a file of weights (--weights)")
     try:
         with redirect_stdout(sys.stderr): return timm.create_model(name, pretrained=True)   # PyTorch announces the download on the stream of results
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
         cfg = timm.get_pretrained_cfg(name)
-        raise ConnectionError(f"the weights of {name} could not be had from {cfg.url or cfg.hf_hub_id}: {getattr(e, 'reason', e)}; download the file elsewhere and give it as the file of weights (--weights)") from e
+        raise ConnectionError(f"the weights of {name} could not be had from {cfg.url or cfg.hf_hub_id}: "
+                              f"{getattr(e, 'reason', e)}; download the file elsewhere and give it as the file of "
+                              "weights (--weights)") from e
 
 def _from_file(path, name):
     "The model in a file, ours or a published one"
@@ -148,7 +154,8 @@ def _look(model, path, views):
     "Probabilities (classes,) and pooled features (num_features,), both float64 and averaged over the views of a file"
     with _evaluating(model):
         tokens = (model.forward_features(o[None]) for o in _to(_views(model, path, views), model))   # one view at a time: memory for one
-        seen = [(_exact(model.forward_head(o)).softmax(1), _exact(model.forward_head(o, pre_logits=True))) for o in tokens]
+        seen = [(_exact(model.forward_head(o)).softmax(1), _exact(model.forward_head(o, pre_logits=True)))
+                for o in tokens]
     probs,feats = (torch.cat(o).mean(0) for o in zip(*seen))
     if feats.ndim>1: raise ValueError("the model does not pool its tokens (global_pool=''), so a file has no single answer: reset_classifier(n, 'avg') changes that")
     if probs.isnan().any(): raise FloatingPointError(f"{path}: the model's output is not a number")
@@ -185,7 +192,7 @@ def extract_feat(
 
 # %% ../nbs/09b_inference.ipynb #98f9d06b
 def _log_probs(model, x):
-    "Log-probabilities (B, classes) in float64 on the CPU; `x` is a batch, or one of several views (B, V, C, T, H, W), whose probabilities are averaged"
+    "Log-probabilities (B, classes) in float64 on the CPU; of several views (B, V, C, T, H, W) those of the averages"
     if x.ndim<6: return _exact(model(x)).log_softmax(1)
     return torch.stack([_exact(model(o)).log_softmax(1) for o in x.unbind(1)]).logsumexp(0) - math.log(x.shape[1])
 
@@ -259,7 +266,9 @@ def folder_items(
     suffixes = video_suffixes if _is_clip(model) else image_suffixes
     items = class_items(folder, index, suffixes)
     if empty := sorted(set(index.values())-{i for _,i in items}):
-        raise ValueError(f"{folder}: no {'videos' if _is_clip(model) else 'images'} for the class {_some([k for k,v in index.items() if v in empty])} (files that end in {', '.join(suffixes)})")
+        raise ValueError(f"{folder}: no {'videos' if _is_clip(model) else 'images'} for the class "
+                         f"{_some([k for k,v in index.items() if v in empty])} (files that end in "
+                         f"{', '.join(suffixes)})")
     return items
 
 # %% ../nbs/09b_inference.ipynb #0210a3a7

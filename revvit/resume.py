@@ -35,12 +35,14 @@ def _history(learn):
     return dict(lrs=torch.tensor(r.lrs, dtype=torch.float64), losses=torch.stack([*map(_bare_tensor, r.losses)]) if r.losses else torch.zeros(0), iters=list(r.iters), values=[list(o) for o in r.values],
         count=r.smooth_loss.count, loss=_bare_tensor(r.smooth_loss.val), rows=list(learn.run_log.rows) if hasattr(learn, 'run_log') else [])
 
-def _rates(learn): return [L(_scheduler(learn).scheds['lr'](o/8))[-1] for o in range(8)]   # what tells one schedule from another
+# what tells one schedule from another
+def _rates(learn): return [L(_scheduler(learn).scheds['lr'](o/8))[-1] for o in range(8)]
 
 def _progress(learn, epoch, step):
     "Everything but the weights"
     scaler,avg = getattr(learn, 'scaler', None),getattr(learn, 'weight_average', None)
-    return dict(run=_identity(learn), rates=_rates(learn), epoch=epoch, step=step, train_iter=learn.train_iter, pct_train=learn.pct_train, opt=learn.opt.opt.state_dict(), history=_history(learn),
+    return dict(run=_identity(learn), rates=_rates(learn), epoch=epoch, step=step, train_iter=learn.train_iter,
+                pct_train=learn.pct_train, opt=learn.opt.opt.state_dict(), history=_history(learn),
         scaler=scaler.state_dict() if scaler else None, average=avg.ema.module.state_dict() if avg else None)
 
 # %% ../nbs/09c_resume.ipynb #6b105e97
@@ -68,7 +70,9 @@ def newest_state(
             continue
         if 'train_iter' in content.get('extra', {}): return dict(content, path=str(o))
         print(f"{o} is a checkpoint, but not the state of a run")
-    if found: raise CheckpointError(f"{folder}: none of its {len(found)} states can be read; begin again in another folder, or remove this one")
+    if found:
+        raise CheckpointError(f"{folder}: none of its {len(found)} states can be read; begin again in another folder, "
+                              "or remove this one")
 
 # %% ../nbs/09c_resume.ipynb #bef911f6
 class KeepState(Callback):
@@ -79,7 +83,9 @@ class KeepState(Callback):
         every:int|None=None, # Steps between states within an epoch; None for none
         keep:int=2, # States to keep
         minutes:float|None=None, # Time between states within an epoch; None for none
-    ): self.folder,self.every,self.keep,self.minutes,self.pending,self.trained = Path(folder),every,keep,minutes,None,False
+    ):
+        self.folder,self.every,self.keep,self.minutes = Path(folder),every,keep,minutes
+        self.pending,self.trained = None,False
     def before_train(self): self.trained,self.step,self.since = not _searching(self.learn),self._begin(),monotonic()
     def after_batch(self):
         self.step += 1
@@ -102,7 +108,8 @@ def _restore(learn, content):
     mine,theirs = _identity(learn),t['run']
     for k in mine:
         if mine[k]!=theirs.get(k): raise ValueError(f"{content['path']} belongs to another run: its {k} is {theirs.get(k)!r}, here it is {mine[k]!r}")
-    theirs,mine = ({**o, 'chunk':None} for o in (content['model_args'], model.model_args))   # chunks may change when memory does
+    # chunks may change when memory does
+    theirs,mine = ({**o, 'chunk':None} for o in (content['model_args'], model.model_args))
     if theirs!=mine: raise ValueError(f"{content['path']} belongs to another model: {content['model_args']}")
     model.load_state_dict(content['state_dict'])
     learn.create_opt()
@@ -121,7 +128,9 @@ def _aside(self:KeepState): return self.learn.lock.locked() or _searching(self.l
 def before_fit(self:KeepState):
     if (t:=self.pending) is None or self._aside(): return
     if self.n_epoch!=t['run']['epochs']: raise ValueError(f"the run was planned for {t['run']['epochs']} epochs and cannot go on with {self.n_epoch}: its learning rates would not fit")
-    if t['rates']!=(now:=_rates(self.learn)): raise ValueError(f"the run was planned for learning rates up to about {max(t['rates']):.1g} and cannot go on with others, up to {max(now):.1g}: fit as it was begun")
+    if t['rates']!=(now:=_rates(self.learn)):
+        raise ValueError(f"the run was planned for learning rates up to about {max(t['rates']):.1g} and cannot go on "
+                         f"with others, up to {max(now):.1g}: fit as it was begun")
     r,h = self.recorder,t['history']
     self.learn.train_iter,self.learn.pct_train,self.learn.seed_run.start = t['train_iter'],t['pct_train'],t['step']
     r.lrs,r.losses,r.smooth_loss.count,r.smooth_loss.val = h['lrs'].tolist(),list(h['losses']),h['count'],h['loss']
@@ -164,7 +173,8 @@ def keep_state(
 )->Learner: # Train it with `learn.fit(recipe.epochs)`, as if nothing had happened
     "Write states while training, and go on where a run was stopped"
     if every is not None and every<1: raise ValueError(f"every must be at least 1 step, got {every}")
-    if minutes is not None and not 0<minutes<math.inf: raise ValueError(f"minutes must be a number above 0, got {minutes}")
+    if minutes is not None and not 0<minutes<math.inf:
+        raise ValueError(f"minutes must be a number above 0, got {minutes}")
     folder = Path(learn.path if folder is None else folder)
     learn.add_cb(KeepState(folder, every, keep, minutes))
     if resume:

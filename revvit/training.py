@@ -22,7 +22,8 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
-from fastai.vision.all import (Callback, CancelFitException, CSVLogger, GradientClip, LabelSmoothingCrossEntropyFlat, Learner, MixedPrecision, OptimWrapper,
+from fastai.vision.all import (Callback, CancelFitException, CSVLogger, GradientClip, LabelSmoothingCrossEntropyFlat,
+                               Learner, MixedPrecision, OptimWrapper,
     ParamScheduler, ProgressCallback, accuracy, noop, num_distrib, rank_distrib, set_seed)
 from .checkpoints import save_checkpoint
 from .images import digits_cfg, digits_dls, image_dls
@@ -72,7 +73,9 @@ def changed(self:Recipe,
     r = self if epochs is None else replace(self, epochs=epochs, warmup_epochs=self.warmup_epochs*epochs/self.epochs if epochs>0 else 0.)
     if batch_size is not None: r = replace(r, batch_size=batch_size)
     r = replace(r, lr=self.lr*r.batch_size/self.batch_size if lr is None else lr)
-    if lr is None and r.lr!=self.lr and not rank_distrib(): print(f"learning rate {r.lr:g}: the recipe's {self.lr:g} for batches of {self.batch_size}, in proportion to {r.batch_size}")
+    if lr is None and r.lr!=self.lr and not rank_distrib():
+        print(f"learning rate {r.lr:g}: the recipe's {self.lr:g} for batches of {self.batch_size}, in proportion to "
+              f"{r.batch_size}")
     return r
 
 # %% ../nbs/09_training.ipynb #a1fb9194
@@ -92,7 +95,8 @@ recipes = dict(digits=Recipe('digits', 'revvit_tiny_patch16_224', dict(patch_siz
 
 # %% ../nbs/09_training.ipynb #7e17d079
 imagenet_cfg = dict(input_size=(3,224,224), mean=(.485,.456,.406), std=(.229,.224,.225), interpolation='bicubic', crop_pct=.875)
-kinetics_cfg = dict(input_size=(3,16,224,224), mean=(.45,.45,.45), std=(.225,.225,.225), interpolation='bilinear', crop_pct=.875, frame_stride=4, frame_rate=30)
+kinetics_cfg = dict(input_size=(3,16,224,224), mean=(.45,.45,.45), std=(.225,.225,.225), interpolation='bilinear',
+                    crop_pct=.875, frame_stride=4, frame_rate=30)
 
 def _published(rand_aug, **kwargs):
     "A recipe with what the published ones share"
@@ -159,7 +163,8 @@ class Schedule(ParamScheduler):
         return [warmup_cosine(pos, p, w, min(first, p), min(last, p)) for p in self.peaks]
     def before_fit(self):
         super().before_fit()
-        if self.opt is not None and not self.lock.locked(): self.peaks = [o['lr'] for o in self.opt.hypers]   # locked: fastai only validates
+        # locked: fastai only validates
+        if self.opt is not None and not self.lock.locked(): self.peaks = [o['lr'] for o in self.opt.hypers]
     def _update_val(self, pct):
         if self is _scheduler(self.learn): super()._update_val(pct)
 
@@ -171,10 +176,15 @@ def _scheduler(learn):
 class _AdamW(OptimWrapper):
     "AdamW whose groups stand for weight decay"
     def freeze_to(self, n):
-        if n: raise ValueError("freeze and fine_tune take parameter groups for layers, but this learner's two are for weight decay: freeze with model.requires_grad_(False) and model.head.requires_grad_(True), then fit")
+        if n:
+            raise ValueError("freeze and fine_tune take parameter groups for layers, but this learner's two are for "
+                             "weight decay: freeze with model.requires_grad_(False) and "
+                             "model.head.requires_grad_(True), then fit")
         super().freeze_to(n)
     def set_hyper(self, k, v):
-        if isinstance(v, slice): raise ValueError(f"a range of rates, {v}, is for groups of layers, but this learner's two groups are for weight decay: give one number")
+        if isinstance(v, slice):
+            raise ValueError(f"a range of rates, {v}, is for groups of layers, but this learner's two groups are for "
+                             "weight decay: give one number")
         super().set_hyper(k, v)
 
 # %% ../nbs/09_training.ipynb #67e7339b
@@ -225,7 +235,8 @@ class WeightAverage(Callback):
         decay:float, # Share of the average that survives a step, in the long run
     ): self.decay,self.trained = decay,None
     def before_fit(self):
-        if self.trained is not None and _searching(self.learn): self.learn.model = self.trained   # before fastai keeps the weights
+        # before fastai keeps the weights
+        if self.trained is not None and _searching(self.learn): self.learn.model = self.trained
     def before_train(self):
         if _searching(self.learn): return
         if self.trained is None: self.trained,self.ema = self.model,ModelEmaV3(self.model, self.decay, use_warmup=True)
@@ -327,7 +338,8 @@ class PlainLog(Callback):
         self.plain = bar is not None and not IN_NOTEBOOK and not sys.stdout.isatty()
         if bar is not None: bar.run = not self.plain
         self.begin = None
-        if self.plain and self.learn.logger not in (noop, self._row): self.other,self.learn.logger = self.learn.logger,self._row
+        if self.plain and self.learn.logger not in (noop, self._row):
+            self.other,self.learn.logger = self.learn.logger,self._row
     def after_fit(self):
         if self.learn.logger==self._row: self.learn.logger = self.other
     def _row(self, log):
@@ -355,7 +367,8 @@ def after_batch(self:PlainLog):
     self.items += len(x)*max(1, num_distrib())
     if n<=self.every or self.train_iter%self.every: return
     speed,self.items,self.since = self.items/(perf_counter()-self.since),0,perf_counter()
-    print(', '.join([f"epoch {self.epoch}, step {self.train_iter} of {n*self.n_epoch}: loss {self.smooth_loss.item():.4f}, lr {self.opt.hypers[-1]['lr']:.3g}",
+    print(', '.join([f"epoch {self.epoch}, step {self.train_iter} of {n*self.n_epoch}: loss "
+                     f"{self.smooth_loss.item():.4f}, lr {self.opt.hypers[-1]['lr']:.3g}",
         f"{speed:.0f} {'clips' if x.ndim>4 else 'images'}/s", *self._left()]), flush=True)
 
 # %% ../nbs/09_training.ipynb #063188b0
@@ -386,7 +399,10 @@ def record_run(
 # %% ../nbs/09_training.ipynb #1b2fe73a
 def _for_batches(recipe, bs):
     "The recipe with the batch size of the loaders, its rate as it is"
-    if bs!=recipe.batch_size and not rank_distrib(): warnings.warn(f"the recipe's learning rate {recipe.lr:g} is for batches of {recipe.batch_size}, but the loaders give {bs}: it is used as it is; recipe.changed(batch_size={bs}) scales it", stacklevel=3)
+    if bs!=recipe.batch_size and not rank_distrib():
+        warnings.warn(f"the recipe's learning rate {recipe.lr:g} is for batches of {recipe.batch_size}, but the "
+                      f"loaders give {bs}: it is used as it is; recipe.changed(batch_size={bs}) scales it",
+                      stacklevel=3)
     return replace(recipe, batch_size=bs)
 
 def learner(

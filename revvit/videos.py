@@ -19,7 +19,8 @@ from torchvision.models.video import MViT_V1_B_Weights
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from fastai.data.core import get_show_batch_func
-from fastai.vision.all import Categorize, DataLoaders, Datasets, ItemTransform, TensorImageBase, Transform, get_grid, show_image
+from fastai.vision.all import Categorize, DataLoaders, Datasets, ItemTransform, TensorImageBase, Transform, get_grid
+from fastai.vision.all import show_image
 from plum import dispatch
 from .device import pick_device
 from .images import EpochDL, UnreadableFile, _allow_zero_bits, _more, _some, digits, file_faults, hold_out
@@ -39,7 +40,8 @@ def _open(
     "Open a file that holds a video"
     if not path.exists(): raise FileNotFoundError(f"{path}: no such video file")
     if path.is_dir(): raise UnreadableFile(f"{path}: a folder, not a video file")
-    if not path.is_file(): raise UnreadableFile(f"{path}: a pipe or a device, and a video is read at many places: save it as a file first")
+    if not path.is_file():
+        raise UnreadableFile(f"{path}: a pipe or a device, and a video is read at many places: save it as a file first")
     if not path.stat().st_size: raise UnreadableFile(f"{path}: the video file is empty (0 bytes)")
     # the protocol is named because FFmpeg reads "a:b.mp4" as one, and a playlist may not lead elsewhere
     try: c = av.open(f'file:{path}', options=dict(protocol_whitelist='file'), metadata_errors='replace')
@@ -70,7 +72,8 @@ def _scan(
         t = p.dts if p.pts is None else p.pts
         if t is None or p.is_discard: continue
         last = max(last, float((t+(p.duration or 0))*p.time_base))
-        if p.stream_index==s.index and t>=since: shown.append((p.dts if c.format.name=='avi' else t, p.duration or 0))   # AVI numbers frames in the order of decoding
+        # AVI numbers frames in the order of decoding
+        if p.stream_index==s.index and t>=since: shown.append((p.dts if c.format.name=='avi' else t, p.duration or 0))
     n,(first,_),(top,lasts) = len(shown),min(shown, default=(math.inf,0)),max(shown, default=(-math.inf,0))
     if n>1 and not lasts: lasts = (top-first)/(n-1)   # FLV does not say how long a frame is shown
     promised = last if c.duration is None else (c.duration+(c.start_time or 0))/av.time_base
@@ -94,8 +97,10 @@ class Video:
     def close(self): self.container.close()
     def __enter__(self): return self
     def __exit__(self, *args): self.close()
-    def _slot(self, stamp): return math.floor((stamp-self.first)*self.scale+.5)   # `round` would put two halves on one even number
-    def _damaged(self, e): return UnreadableFile(f"{self.path}: the video cannot be decoded, it is damaged ({e.strerror})")
+    # `round` would put two halves on one even number
+    def _slot(self, stamp): return math.floor((stamp-self.first)*self.scale+.5)
+    def _damaged(self, e):
+        return UnreadableFile(f"{self.path}: the video cannot be decoded, it is damaged ({e.strerror})")
 
 # %% ../nbs/08_videos.ipynb #ddf616d1
 @patch
@@ -304,7 +309,8 @@ def _ops(self:ClipAugment,
     side:int, # Short side of the frames; shifts are up to 0.45 of it
 ):
     "timm's RandAugment for such frames"
-    hparams = dict(translate_const=int(side*.45), interpolation=Image.Resampling.BICUBIC)   # the publisher's, here alone
+    # the publisher's, here alone
+    hparams = dict(translate_const=int(side*.45), interpolation=Image.Resampling.BICUBIC)
     try: return _allow_zero_bits(rand_augment_transform(self.rand_aug, hparams))
     except (AssertionError, ValueError) as e: raise ValueError(f"rand_aug must be like 'rand-m7-n4-mstd0.5-inc1', got {self.rand_aug!r}") from e
 
@@ -404,8 +410,11 @@ def clip_files(
     path = Path(path)
     lists,parts = [path/o for o in (train,valid)],[read_clip_list(path/o, root) for o in (train,valid)]
     both = sorted(set(parts[0])&set(parts[1]))
-    if both and not allow_shared: raise ValueError(f"{lists[1]}: {_some(both)} is in {train!r} too: allow it by allow_shared (--allow-shared) if that is meant")
-    if two := [o for o in both if parts[0][o]!=parts[1][o]]: raise ValueError(f"{lists[1]}: {_some(two)} has another label in {train!r}")
+    if both and not allow_shared:
+        raise ValueError(f"{lists[1]}: {_some(both)} is in {train!r} too: allow it by allow_shared (--allow-shared) if "
+                         "that is meant")
+    if two := [o for o in both if parts[0][o]!=parts[1][o]]:
+        raise ValueError(f"{lists[1]}: {_some(two)} has another label in {train!r}")
     vocab = clip_classes(path, max(max(o.values()) for o in parts)+1)
     faults = file_faults(*map(list, parts), 'video', allow_shared) if check else {}
     leave_out(faults, on_bad)

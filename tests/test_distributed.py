@@ -1,6 +1,6 @@
 """Several processes, R20: what they compute together is what one computes. `torchrun` starts this very file twice over (Gloo, 127.0.0.1, float64);
 the first process writes what it found, and the tests read that."""
-import json, os, signal, subprocess, sys, time
+import json, os, re, signal, subprocess, sys, time, warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from revvit.engine import ReversibleBlock, ReversibleSequence
 from revvit.images import digits_dls
 from revvit.mvit import RevMViT
 from revvit.resume import keep_state, states
+from revvit.testing import saved_bytes
 from revvit.training import NonFiniteError, learner, recipes
 from revvit.vit import RevViT
 
@@ -25,17 +26,17 @@ def mlp(d=8): return nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 2*d), nn.GELU()
 
 class Stack(nn.Module):
     "A sequence of blocks whose two streams differ"
-    def __init__(self): super().__init__(); self.blocks = ReversibleSequence([ReversibleBlock(mlp(), mlp()) for _ in range(3)])
+    def __init__(self, depth): super().__init__(); self.blocks = ReversibleSequence([ReversibleBlock(mlp(), mlp()) for _ in range(depth)])
     def forward(self, x): return sum(self.blocks(x, x.flip(1))).mean(1)
 
-KINDS = dict(sequence=lambda: (Stack(), torch.randn(8, 3, 8)),
-    vit=lambda: (RevViT(img_size=16, patch_size=8, embed_dim=16, num_heads=2, depth=3, num_classes=5), torch.randn(8, 3, 16, 16)),
-    mvit=lambda: (RevMViT(img_size=32, embed_dim=8, depth=4, stage_starts=(1,), num_classes=5), torch.randn(8, 3, 32, 32)))
+KINDS = dict(sequence=lambda depth=3: (Stack(depth), torch.randn(8, 3, 8)),
+    vit=lambda depth=3: (RevViT(img_size=16, patch_size=8, embed_dim=16, num_heads=2, depth=depth, num_classes=5), torch.randn(8, 3, 16, 16)),
+    mvit=lambda depth=4: (RevMViT(img_size=32, embed_dim=8, depth=depth, stage_starts=(1,), num_classes=5), torch.randn(8, 3, 32, 32)))
 DDP = dict(default={}, find_unused=dict(find_unused_parameters=True), static_graph=dict(static_graph=True), bucket_view=dict(gradient_as_bucket_view=True))
 
-def made(kind):
+def made(kind, *depth):
     torch.manual_seed(0)
-    m,x = KINDS[kind]()
+    m,x = KINDS[kind](*depth)
     return m.double(),x.double()
 def part(x): return x.chunk(dist.get_world_size())[dist.get_rank()]
 def loss(o): return o.square().sum(1).mean()
@@ -80,6 +81,24 @@ def fsdp(kind, ref):
         except Exception as e: yield name,f'{type(e).__name__}: {e}'
         dist.barrier()
 
+def kept(kind):
+    "Bytes that a forward pass under FSDP keeps at two depths, and the warnings about it"
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.device_mesh import init_device_mesh
+    mesh = init_device_mesh('cpu', (dist.get_world_size(),))
+    for name in ('root', 'sequences', 'blocks'):
+        found = []
+        for depth in (4, 8):
+            m,x = made(kind, depth)
+            for o in WRAPS[name](m): fully_shard(o, mesh=mesh)
+            with warnings.catch_warnings(record=True) as heard:
+                warnings.simplefilter('always')
+                loss(m(part(x))).backward() # the first pass makes what is made once
+            said = [str(o.message) for o in heard if 'stores' in str(o.message)]
+            found.append((saved_bytes(lambda: loss(m(part(x)))), said))
+            dist.barrier()
+        yield name,found
+
 small = replace(recipes['digits'], epochs=3, batch_size=256, warmup_epochs=1, average=.9, mixup=.8, model_args=dict(patch_size=4, embed_dim=16, num_heads=2, depth=2, drop_path_rate=.2))
 class Stop(Callback):
     order = 90
@@ -122,6 +141,7 @@ def main(what, out):
     try:
         if what == 'poison': return fit(out, Poison())
         found = {f'{test.__name__} {kind} {name}': e for kind in KINDS for test in (ddp, fsdp) for name,e in test(kind, alone(kind))}
+        found |= {f'kept {kind} {name}': o for kind in KINDS for name,o in kept(kind)}
         found['resume'] = resumed(out)
         if dist.get_rank(): revvit.resume.monotonic = lambda: 0. # a clock that stands still; it is not looked at
         found['minutes'] = resumed(out/'minutes', minutes=1e-5)
@@ -161,6 +181,23 @@ def test_R20_ddp_gives_the_gradient_of_one_process(found, kind, way): assert fou
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('wrap', ['root', 'sequences', 'blocks'])
 def test_R20_fsdp_of_the_model_and_of_whole_blocks_is_exact(found, kind, wrap): assert found[f'fsdp {kind} {wrap}'] < 1e-12
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('wrap', ['root', 'sequences'])
+def test_fsdp_of_the_model_or_of_sequences_keeps_the_saving(found, kind, wrap):
+    "Four blocks more keep nothing more but their bookkeeping"
+    (four,said),(eight,too) = found[f'kept {kind} {wrap}']
+    assert eight-four <= 4*1000 and not said and not too, (four, eight, said)
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_fsdp_of_single_blocks_says_what_it_stores(found, kind):
+    "Each block by its number, with a way out; what is said is what is kept"
+    (four,said4),(eight,said8) = found[f'kept {kind} blocks']
+    n = 4 if kind!='mvit' else 3 # its transition is no block
+    assert len(said4)==n and len(said8)==n+4
+    assert all(re.match(r'block \d+ goes by ordinary autograd, because fully_shard was called on it \(call it on the whole sequence instead\): it stores', o) for o in said4+said8)
+    mb = [float(re.search(r'stores ([\d.e+-]+) MB', o)[1]) for o in said8]
+    assert eight-four > 4*1000 and eight > .9e6*sum(mb)
 
 @pytest.mark.parametrize('kind,wrap', [(k, w) for k in KINDS for w in ('halves', 'layers', 'tail') if (k, w) != ('sequence', 'tail')])
 def test_R20_fsdp_inside_a_block_is_refused_with_a_remedy(found, kind, wrap):

@@ -176,6 +176,6 @@ def test_learner(amp, tmp_path):
 def test_these_tests_run():
     "One case of each on the CPU, every test of this file: a GPU shall find no error but its own"
     which = '(vit3 or vit4 or test_learner or None-vit) and not torch.float16 and not these'
-    p = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__, '-k', which],
+    p = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-n0', '-p', 'no:cacheprovider', __file__, '-k', which],
         env={**os.environ, 'REVVIT_DEVICE': 'cpu'}, capture_output=True, text=True, timeout=300)
     assert p.returncode==0 and ' skipped' not in p.stdout, p.stdout[-3000:]

@@ -92,7 +92,7 @@ def test_another_command_does_not_begin_there(here, tmp_path):
     "What config.json says is what a state would say: another seed or recipe is another run"
     assert train(tmp_path, '--out', 'run', kill=('after_batch', 90, 2)) == -signal.SIGKILL
     was = (tmp_path/'run/config.json').read_bytes()
-    for args,said in ((['--seed', '5'], 'its seed is 0, here it is 5'), (['--lr', '.1'], 'its lr is 0.004, here it is 0.1'), (['--average', '.5'], 'its average is 0.9, here it is 0.5')):
+    for args,said in ((['--seed', '5'], 'its --seed is 0, here it is 5'), (['--lr', '.1'], 'its --lr is 0.004, here it is 0.1'), (['--average', '.5'], 'its --average is 0.9, here it is 0.5')):
         assert here('--out', 'run', '--resume', *args)[::2] == (2, f'revvit_train: run was begun by another command: {said}\n')
     assert (tmp_path/'run/config.json').read_bytes() == was and names(tmp_path/'run') == ['config.json']
 
