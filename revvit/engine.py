@@ -49,7 +49,8 @@ def _refuse(name, m):
         if isinstance(o, torch.jit.ScriptModule):
             raise ValueError(f"{name} holds a scripted or traced module {where}: give the module it was made from")
         if isinstance(o, nn.modules.lazy.LazyModuleMixin) and o.has_uninitialized_params():
-            raise ValueError(f"{name} holds a lazy module {where} that has no weights yet: call it once on its own first")
+            raise ValueError(f"{name} holds a lazy module {where} that has no weights yet: "
+                             "call it once on its own first")
     _refuse_statistics(name, m.modules(), _find(m))
 
 # %% ../nbs/01_engine.ipynb #21fd6356
@@ -72,11 +73,13 @@ class _Fused(Call):
         self.record.check(self.name)
         self.kernel.begin()
         amp,self.wanted = amp_dtype(self.device),needs
-        self.off = nullcontext if amp in (None,self.kernel.dtype) else partial(torch.autocast, self.device.type, enabled=False)
+        off = partial(torch.autocast, self.device.type, enabled=False)
+        self.off = nullcontext if amp in (None,self.kernel.dtype) else off
 
     def vjp(self, i, xs, d, wanted=True):
         part = part_of(xs[0], self.parts[i])
-        if not part.shape[0]: return part[:0],[part[:0]],[torch.zeros_like(p) if w else None for p,w in zip(self.params, self.wanted)]
+        if not part.shape[0]:
+            return part[:0],[part[:0]],[torch.zeros_like(p) if w else None for p,w in zip(self.params, self.wanted)]
         with self.off(): o,gx,grads = self.kernel.vjp(part, self.scaled(d.to(self.kernel.dtype)), wanted)
         gp = [None]*len(self.params)
         for k,g in zip(self.where, grads):
@@ -119,7 +122,7 @@ def _own(g, taken):
     return g
 
 def _sum(acc, new, taken):
-    "Add the gradients `new` to the list `acc`, in place after the first; `taken` is `None` where each has memory of its own"
+    "Add the gradients `new` to the list `acc`, in place after the first; without `taken` each has memory of its own"
     for i,g in enumerate(new):
         if g is None: continue
         if taken is None: acc[i] = g if acc[i] is None else acc[i].add_(g)
@@ -127,7 +130,7 @@ def _sum(acc, new, taken):
         else: acc[i] = _own(g, taken) if acc[i] is None else acc[i].add_(g)
 
 def _half_back(call, src, dst, dsrc, ddst, needs, exact, used=True, rebuild=True):
-    "Undo `dst += m(src)`, unless `dst` was kept, and add the gradient of `src` to `dsrc`; the parameters' gradients, and whether `src` has one"
+    "Undo `dst += m(src)` and add the gradient of `src` to `dsrc`; the parameters' gradients, and whether `src` has one"
     call.prepare(needs)
     fed,acc,taken,before = False, [None]*len(needs),{o.untyped_storage().data_ptr() for o in (ddst,dsrc)},users(src)
     for i in reversed(range(len(call.parts))):
@@ -191,8 +194,9 @@ def _stored(m, xs, chunk, exact):
     "`m(*xs)`, in the parts of the reversible mode where numbers depend on them"
     if torch.compiler.is_compiling() or not torch.is_grad_enabled(): return m(*xs)
     n,chunk = len(xs[0]),chunk or chunk_size(xs[0])
-    if exact or n>chunk and draws(m, lambda: m(*(x[:chunk] for x in xs)), xs[0].device): return _in_parts(m, xs, chunk, exact)
-    return m(*xs)
+    def first(): return m(*(x[:chunk] for x in xs))
+    parted = exact or n>chunk and draws(m, first, xs[0].device)
+    return _in_parts(m, xs, chunk, exact) if parted else m(*xs)
 
 class _Half:
     "`m` for the images `rows` and zero for the others"
@@ -231,7 +235,8 @@ def _say_stored(block, fn, name, why, *args):
         if t.layout==torch.strided and type(t) in (torch.Tensor,nn.Parameter): return t.untyped_storage()
     def note(t):
         if not known: # not before: FSDP has the weights together from here on
-            known.update(o.data_ptr() for o in map(memory, (*args[:2], *block.parameters(), *block.buffers())) if o is not None)
+            there = map(memory, (*args[:2], *block.parameters(), *block.buffers()))
+            known.update(o.data_ptr() for o in there if o is not None)
         s = memory(t)
         if s is not None and s.data_ptr() not in known: kept[s.data_ptr()] = s.nbytes()
         return t
@@ -289,7 +294,8 @@ class _Tape:
         if torch.is_inference_mode_enabled():
             raise RuntimeError(f"no backward pass {run} in inference_mode: leave it, or call set_reversible(False)")
         if any(o is not None and is_batched(o) for o in d):
-            raise RuntimeError(f"no vectorised backward pass (is_grads_batched, vectorize=True) {run}: call set_reversible(False)")
+            raise RuntimeError(f"no vectorised backward pass (is_grads_batched, vectorize=True) {run}: "
+                               "call set_reversible(False)")
         keep,self.task = self.hooked or keeps_graph(),graph_task()
         self.y1,self.y2 = (y.detach().clone() if keep else y.detach() for y in (y1,y2))
         if self.last: self.fresh[:] = [p for p in self.params if p.is_leaf and p.grad is None]
@@ -306,7 +312,8 @@ class _Tape:
         "Take back new gradients if something goes wrong, an interrupt included"
         try:
             if self.task!=graph_task():
-                raise RuntimeError("two backward passes through one reversible run at a time: finish one before the next")
+                raise RuntimeError("two backward passes through one reversible run at a time: "
+                                   "finish one before the next")
             yield
         except BaseException:
             for p in self.fresh: p.grad = None
@@ -447,7 +454,8 @@ class ReversibleSequence(nn.ModuleList):
 def _calls(self:ReversibleBlock, i, x, chunk):
     "`f` and `g` of the `i`-th block as calls on images like `x`, with drop path drawn"
     scale = 1/(1-self.drop_path) if self.training else 1.
-    return [_call(m, f'{n} of block {i}', x, chunk, rows, scale) for n,m,rows in zip('fg', (self.f,self.g), self._survivors(x))]
+    halves = zip('fg', (self.f,self.g), self._survivors(x))
+    return [_call(m, f'{n} of block {i}', x, chunk, rows, scale) for n,m,rows in halves]
 
 @patch
 def plan(self:ReversibleSequence,
@@ -498,8 +506,10 @@ def _span(blocks):
     if not blocks: return 'a tail alone'
     return f"block {blocks[0][0]}" if len(blocks)==1 else f"blocks {blocks[0][0]} to {blocks[-1][0]}"
 
+_NO_GRAPH = "a reversible run cannot be part of a compiled graph: call set_reversible(False) for fullgraph=True"
+
 @patch
-@torch.compiler.disable(reason="a reversible run cannot be part of a compiled graph: call set_reversible(False) for fullgraph=True")
+@torch.compiler.disable(reason=_NO_GRAPH)
 def _reverse(self:ReversibleSequence, x1, x2, tail, exact):
     "Runs in place, with stored blocks in between"
     hear()
@@ -543,9 +553,10 @@ def _store(self:ReversibleSequence, x1, x2, tail, exact):
 def _reverses(self:ReversibleSequence, x1, x2, tail):
     "Is there a backward pass to save memory for?"
     parts = [*self] if tail is None else [*self, tail]
-    if not (self.reversible and self.keep<1 and parts and torch.is_grad_enabled()) or torch.compiler.is_exporting(): return False
-    if type(x1).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__: return False   # a wrapper with ways of its own
-    if not torch.compiler.is_compiling() and transforming(): return False   # the compiler's own tracing looks like that too
+    if not (self.reversible and self.keep<1 and parts and torch.is_grad_enabled()): return False
+    if torch.compiler.is_exporting(): return False
+    if type(x1).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__: return False   # it has ways of its own
+    if not torch.compiler.is_compiling() and transforming(): return False   # to the compiler's tracing this looks alike
     return x1.requires_grad or x2.requires_grad or any(p.requires_grad for m in parts for p in m.parameters())
 
 @patch
@@ -559,13 +570,14 @@ def _is_exact(self:ReversibleSequence, x):
 def forward(self:ReversibleSequence,
     x1:torch.Tensor, # First stream, images first
     x2:torch.Tensor, # Second stream; shape, dtype and device of the first
-    tail:nn.Module|None=None, # Module of both final streams that treats each image alone; repeated in the backward pass too
+    tail:nn.Module|None=None, # Module of both final streams that treats each image alone; repeated backwards too
 ): # `(y1,y2)`, or what `tail` makes of them
     "Both streams through all blocks"
     for x in (x1,x2):
         if not (isinstance(x, torch.Tensor) and x.ndim and x.is_floating_point()):
             raise ValueError(f"streams are floating-point tensors with images first, got {_about(x)}")
-    if tail is not None and not isinstance(tail, nn.Module): raise ValueError(f"tail must be a module, got {type(tail).__name__}")
+    if tail is not None and not isinstance(tail, nn.Module):
+        raise ValueError(f"tail must be a module, got {type(tail).__name__}")
     _alike(x1, x2)
     exact,kind = self._is_exact(x1),type(x1)
     if not self._reverses(x1, x2, tail): return self._store(x1, x2, tail, exact)

@@ -39,7 +39,9 @@ def spend(
     return Plan(x2, whole, blocks, x2*stream+whole*stored, blocks*stored)
 
 def check_keep(keep):
-    if not 0<=keep<=1: raise ValueError(f"keep is a share of what ordinary autograd would store, from 0 to 1, got {keep}")
+    "Refuse what is no share"
+    if 0<=keep<=1: return
+    raise ValueError(f"keep is a share of what ordinary autograd would store, from 0 to 1, got {keep}")
 
 # %% ../../nbs/core/03_dial.ipynb #708b8480
 _measured = WeakKeyDictionary()
@@ -59,7 +61,8 @@ def stored_bytes(
     x:torch.Tensor, # A stream, images first
 )->int: # Bytes an image
     "What ordinary autograd would store for a block"
-    key,known = (x.shape[1:],x.dtype,x.device,block.training,torch.is_autocast_enabled(x.device.type)),_measured.setdefault(block, {})
+    key = x.shape[1:],x.dtype,x.device,block.training,torch.is_autocast_enabled(x.device.type)
+    known = _measured.setdefault(block, {})
     if key not in known:
         states,one = rng_states(x.device),x[:1].detach()
         with same_autocast(x.device)(): known[key] = _saved(block, torch.cat((one,one)))-_saved(block, one)

@@ -90,7 +90,8 @@ class Start:
         self.name,self.exact,self.was = name,exact,[_numbers(x, exact) for x in xs]
         dtype = torch.promote_types(xs[0].dtype, torch.float32)
         norm = partial(torch.linalg.vector_norm, dim=1, dtype=dtype)
-        self.sizes = [] if exact else [norm(x.detach().reshape(len(x), -1)).clamp_min(torch.finfo(dtype).tiny) for x in xs]
+        tiny = torch.finfo(dtype).tiny
+        self.sizes = [] if exact else [norm(x.detach().reshape(len(x), -1)).clamp_min(tiny) for x in xs]
         self.limit = max(torch.finfo(t).eps for t in (xs[0].dtype, amp or xs[0].dtype))**.5   # half of the digits
 
     def errors(self, xs, rows=slice(None)):
@@ -99,7 +100,8 @@ class Start:
         for i,(x,(was,bits)) in enumerate(zip(xs, self.was)):
             now,now_bits = _numbers(x, self.exact)
             gap = (now-was[:,rows]).abs()
-            out.append(gap.ne(0).any(0).logical_or(now_bits!=bits[rows])+0*now.sum(0) if self.exact else gap.amax(0)/self.sizes[i][rows]/self.limit)
+            if self.exact: out.append(gap.ne(0).any(0).logical_or(now_bits!=bits[rows]) + 0*now.sum(0))
+            else: out.append(gap.amax(0)/self.sizes[i][rows]/self.limit)
         return torch.stack(out).amax(0)
 
     def compare(self, e):
@@ -108,16 +110,18 @@ class Start:
         else: _say(self.message(e))
 
 # %% ../../nbs/core/01_exact.ipynb #735c49bd
-_REASONS = ("a state, mode or context that changed, a kernel that does not repeat itself, or rounding errors that grew, which revvit.testing.drift measures block by block")
+_REASONS = ("a state, mode or context that changed, a kernel that does not repeat itself, or rounding errors that grew, "
+            "which revvit.testing.drift measures block by block")
 
 def _message(self, e):
     "A sentence, if an image came back as another one"
     bad = ((e>=1)&e.isfinite()).nonzero().flatten().tolist()
     if not bad: return
-    size = '' if self.exact else f" by {float(e[bad].max())*self.limit:.1g} of its size, where rounding explains {self.limit:.1g}"
-    return (f"{self.name} did not come back to what the forward pass computed: image {bad[0]}{f' and {len(bad)-1} more' if len(bad)>1 else ''} "
-            f"of {len(e)} differ{'s' if len(bad)==1 else ''}{size}. Gradients are wrong from the block on that answered differently when it was repeated ({_REASONS}"
-            f"{', or streams beyond 1,024, where the grid ends' if self.exact else ''}): mend it, or call set_reversible(False)")
+    which = f"image {bad[0]} of {len(e)} differs" if len(bad)==1 else f"image {bad[0]} and {len(bad)-1} more of {len(e)} differ"
+    how = '' if self.exact else f" by {float(e[bad].max())*self.limit:.1g} of its size, where rounding explains {self.limit:.1g}"
+    grid_ends = ', or streams beyond 1,024, where the grid ends' if self.exact else ''
+    return (f"{self.name} did not come back to what the forward pass computed: {which}{how}. Gradients are wrong from the block on "
+            f"that answered differently when it was repeated ({_REASONS}{grid_ends}): mend it, or call set_reversible(False)")
 
 Start.message = _message
 

@@ -28,7 +28,9 @@ def private(
     "Something of PyTorch's that is not in its manual"
     o = torch
     for name in path.split('.')[1:]:
-        if not hasattr(o, name): raise ImportError(f"revvit uses {path}, which PyTorch {torch.__version__} does not have: install an older PyTorch or a newer revvit")
+        if not hasattr(o, name):
+            raise ImportError(f"revvit uses {path}, which PyTorch {torch.__version__} does not have: "
+                              "install an older PyTorch or a newer revvit")
         o = getattr(o, name)
     return o
 
@@ -97,7 +99,7 @@ def rng_moved(
 
 # %% ../../nbs/core/02_replay.ipynb #d37a643b
 class Watch(TorchDispatchMode):
-    "Notes whether operations of this thread draw random numbers, and what they compute from `roots`, without keeping it"
+    "Notes whether operations of this thread draw random numbers, and what they make of `roots`, without keeping it"
     def __init__(self, device, roots=()):
         super().__init__()
         self.device,self.drew,self.made = device,False,{id(o):weakref.ref(o) for o in roots}
@@ -113,7 +115,9 @@ class Watch(TorchDispatchMode):
         given = [o for a in args for o in (a if isinstance(a, (tuple,list)) else [a])]
         if any(map(self.knows, given)) and '_like' not in str(func) and not draws:
             outs = out if isinstance(out, (tuple,list)) else [out]
-            self.made.update((id(o), weakref.ref(o)) for o in outs if isinstance(o, torch.Tensor) and id(o) not in self.roots)
+            new = [o for o in outs if isinstance(o, torch.Tensor) and id(o) not in self.roots]
+            self.made.update((id(o), weakref.ref(o)) for o in new)
+            del new, outs
         return out
 
     def outlived(self,
@@ -244,14 +248,16 @@ def check(self:Record,
         raise RuntimeError(f"'{n}' in {name} was changed between forward and backward, so the input cannot be rebuilt: "
                            "step the optimizer after backward, or call set_reversible(False)")
     if self.modes!=[o.training for o in self.modules]:
-        raise RuntimeError(f"{name} was switched between train() and eval() before backward: switch after it, or call set_reversible(False)")
+        raise RuntimeError(f"{name} was switched between train() and eval() before backward: switch after it, "
+                           "or call set_reversible(False)")
 
 @patch
 def check_layers(self:Record, name:str):
     "Refuse to repeat a call of a module whose layers are others now"
     now = Record(self.m).modules
     if len(now)!=len(self.modules) or any(a is not b for a,b in zip(now, self.modules)):
-        raise RuntimeError(f"layers of {name} were replaced, added or removed between forward and backward: change them after it, or call set_reversible(False)")
+        raise RuntimeError(f"layers of {name} were replaced, added or removed between forward and backward: "
+                           "change them after it, or call set_reversible(False)")
 
 # %% ../../nbs/core/02_replay.ipynb #5781529b
 class Lend(TorchFunctionMode):
@@ -330,13 +336,16 @@ class Call:
     def scaled(self, o): return o if self.scale==1 else o*self.scale
 
 # %% ../../nbs/core/02_replay.ipynb #f38a27dd
-def _is_torchs(hook): return any((getattr(o, '__module__', None) or '').startswith('torch.') for o in (hook, type(hook)))
+def _is_torchs(hook):
+    "Is it one of PyTorch's own?"
+    return any((getattr(o, '__module__', None) or '').startswith('torch.') for o in (hook, type(hook)))
 
 def listened_to(
     modules:list, # Layers
 )->bool:
     "Did somebody but PyTorch itself register hooks on them?"
-    return any(not _is_torchs(h) for o in modules for hooks in (o._forward_hooks,o._forward_pre_hooks) for h in hooks.values())
+    hooks = (h for o in modules for held in (o._forward_hooks,o._forward_pre_hooks) for h in held.values())
+    return any(not _is_torchs(h) for h in hooks)
 
 # %% ../../nbs/core/02_replay.ipynb #7b94b2c7
 @patch
@@ -356,15 +365,17 @@ def each(self:Call, *xs):
         before = rng_states(self.device)
         with watch or nullcontext(): o = self.run(xs, rows)
         if rng_moved(self.device, before):
-            mine = watch.drew if new else may_draw(self.m, modules) or drew(self.m, partial(self.run, xs, rows), self.device)
+            again = partial(self.run, xs, rows)
+            mine = watch.drew if new else may_draw(self.m, modules) or drew(self.m, again, self.device)
             if mine: self.rng[i] = before
         last = weakref.ref(o) if isinstance(o, torch.Tensor) else None
         yield rows,self.scaled(o)
         o = None  # free this part's output before the next is computed
     if new: learn(self.m, watch)
     if watch and watch.outlived(last):
-        warnings.warn(f"{self.name} or a hook inside it keeps what it computes: the numbers are right, but no gradient flows through them; "
-                      "forward_intermediates or set_reversible(False) gives features that have a gradient", RuntimeWarning)
+        warnings.warn(f"{self.name} or a hook inside it keeps what it computes: the numbers are right, but no gradient "
+                      "flows through them; forward_intermediates or set_reversible(False) gives features that have a gradient",
+                      RuntimeWarning)
     if b:=self.record.changed():
         raise RuntimeError(f"{self.name} changed '{b}' in the forward pass, and would do so again when it is repeated: "
                            "use a layer without running statistics, or call set_reversible(False)")
@@ -393,7 +404,8 @@ def prepare(self:Call,
         if now is not p or p._backward_hooks or n!=p.requires_grad or not p.is_leaf:
             q = p.detach().requires_grad_(n)
             pairs += [(now,q),(p,q)]
-        for t in (q,p)[:1+(q is not p and p.requires_grad)] if n else (): # a function that is no function of PyTorch's may still use `p`
+        if not n: continue
+        for t in (q,p) if q is not p and p.requires_grad else (q,): # what is no function of PyTorch's may still use `p`
             self.wanted.append(t)
             self.where.append(i)
     self.lend = partial(Lend, pairs) if pairs else nullcontext
@@ -414,8 +426,8 @@ def vjp(self:Call, i, xs, d, wanted=True):
     with torch.enable_grad(): o = self.scaled(o if n else o[:0])
     wanted = [*leaves, *self.wanted]
     if not self.searched and (t:=_unregistered_tensor(o, [*wanted, *self.params])) is not None:
-        raise RuntimeError(f"{self.name} uses a tensor of shape {tuple(t.shape)} that needs a gradient, but is neither its input nor its parameter: "
-                           "make it a parameter, detach it, or call set_reversible(False)")
+        raise RuntimeError(f"{self.name} uses a tensor of shape {tuple(t.shape)} that needs a gradient, but is neither its "
+                           "input nor its parameter: make it a parameter, detach it, or call set_reversible(False)")
     self.searched = True
     grads = torch.autograd.grad(o, wanted, d.to(o.dtype), allow_unused=True) if o.requires_grad else [None]*len(wanted)
     gp = [None]*len(self.params)
@@ -429,13 +441,18 @@ def done(self:Call): self.wanted = self.lend = None
 # %% ../../nbs/core/02_replay.ipynb #4ac5bb4d
 class _Twice:
     "`fn(m, *args)`, the second time as the first"
-    def __init__(self, fn, m, x): self.fn,self.m,self.device,self.record,self.states,self.start = fn,m,x.device,None,None,None
+    def __init__(self, fn, m, x):
+        self.fn,self.m,self.device = fn,m,x.device
+        self.record = self.states = self.start = None
+
     def __call__(self, *args): return self.first(*args) if self.record is None else self.second(*args)
 
     def first(self, *args):
         self.record,before = Record(self.m),rng_states(self.device)
         o,again = self.fn(self.m, *args),partial(self.fn, self.m, *args)
-        if rng_moved(self.device, before) and (may_draw(self.m, self.record.modules) or drew(self.m, again, self.device)): self.states = before
+        if rng_moved(self.device, before):
+            mine = may_draw(self.m, self.record.modules) or drew(self.m, again, self.device)
+            if mine: self.states = before
         if self_check()!='off' and o.numel() and o.device.type!='meta':
             self.start = Start((o,), 'what a stage transition computes again', amp=amp_dtype(self.device))
         return o
@@ -463,4 +480,5 @@ def recompute(
     pairs = lent_now()
     def contexts(): return nullcontext(),Lend(pairs) if pairs else nullcontext()
     with set_checkpoint_early_stop(False): # to the end, because the result is compared
-        return checkpoint(_Twice(fn, m, args[0]), *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        twice = _Twice(fn, m, args[0])
+        return checkpoint(twice, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)

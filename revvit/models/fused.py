@@ -124,14 +124,15 @@ class FusedAttention(FusedHalf):
         return o,gx,[*gn,*g1,*g2]
 
 # %% ../../nbs/models/10a_fused.ipynb #d966c90d
-ORIGINAL = {k:k.forward for k in (nn.LayerNorm, nn.Linear, nn.Conv2d, nn.Conv3d, nn.Identity, nn.Dropout, nn.GELU, Attention, Mlp)}
+_KINDS = nn.LayerNorm,nn.Linear,nn.Conv2d,nn.Conv3d,nn.Identity,nn.Dropout,nn.GELU,Attention,Mlp
+ORIGINAL = {k:k.forward for k in _KINDS}
 
-_CALL,_FUNCTIONS = nn.Module.__call__,(F.linear, F.layer_norm, F.gelu, F.scaled_dot_product_attention, F.dropout, F.conv2d, F.conv3d)
+def _functions(): return F.linear,F.layer_norm,F.gelu,F.scaled_dot_product_attention,F.dropout,F.conv2d,F.conv3d
+_CALL,_FUNCTIONS = nn.Module.__call__,_functions()
 
 def _patched():
     "Has somebody exchanged what modules are made of?"
-    now = (F.linear, F.layer_norm, F.gelu, F.scaled_dot_product_attention, F.dropout, F.conv2d, F.conv3d)
-    return nn.Module.__call__ is not _CALL or any(a is not b for a,b in zip(now, _FUNCTIONS))
+    return nn.Module.__call__ is not _CALL or any(a is not b for a,b in zip(_functions(), _FUNCTIONS))
 
 def _hooked(m): return m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
 
