@@ -43,7 +43,7 @@ class Group:
     classes:int=1000 # Of the labels
     amp:str='float32' # 'float32', or autocast's 'bfloat16' or 'float16'
     args:dict=field(default_factory=dict) # Arguments of every timm model in it
-    measures:tuple=('memory','operations','error','time') # What is measured; 'largest' also runs the largest batch that should fit
+    measures:tuple=('memory','operations','error','time') # Or 'host' for time, and 'largest' to run the largest batch
     depth:int|None=None # Blocks, where the model can be made with half as many
     rounds:int=3 # Of timed steps
     steps:int=1 # Steps a round
@@ -80,8 +80,9 @@ def _blocks_compiled(m):
     for b in m.blocks: b.compile(dynamic=False)
     return m
 
-ways = {'eager': lambda m: m, 'checkpointed': _checkpointed, 'attention kept': _attention_kept, 'offloaded': _offloaded, 'compiled': _compiled,
-    'blocks compiled': _blocks_compiled, 'budget 0.1': partial(_compiled, budget=.1), 'budget 0.5': partial(_compiled, budget=.5)}
+ways = {'eager': lambda m: m, 'checkpointed': _checkpointed, 'attention kept': _attention_kept,
+    'offloaded': _offloaded, 'compiled': _compiled, 'blocks compiled': _blocks_compiled,
+    'budget 0.1': partial(_compiled, budget=.1), 'budget 0.5': partial(_compiled, budget=.5)}
 
 # %% ../../nbs/use/42_benchmark.ipynb #9ad73465
 def _build(name, args):
@@ -132,16 +133,18 @@ def _clean(device='cpu'):
 def memory_of(
     runner:Runner, # Whose step is measured
     n:int, # Images a step
-)->dict: # Bytes: kept, peak; on CUDA also allocated and reserved, with weights, gradients and the batch
+)->dict: # Bytes: kept, peak; on CUDA also allocated and reserved, weights, gradients and batch included
     "Memory of one training step"
     device,(x,y) = runner.device,runner.batch(n)
     runner.step(x, y)   # what the first step leaves, such as compiled code, is not part of a step
     _clean(device)
     own = 8*runner.parameters + x.nbytes
     reserved = torch.cuda.memory_reserved(device) if device.type=='cuda' else 0
-    res = dict(kept=live_bytes(lambda: runner.loss(x, y), device), peak=peak_bytes(lambda: runner.step(x, y), device))
-    if device.type=='cuda': res |= dict(allocated=own+res['peak'], reserved=own+torch.cuda.max_memory_reserved(device)-reserved)
-    return res
+    res = dict(peak=peak_bytes(lambda: runner.step(x, y), device))
+    if device.type=='cuda':
+        more = torch.cuda.max_memory_reserved(device)-reserved
+        res |= dict(allocated=own+res['peak'], reserved=own+more)
+    return res | dict(kept=live_bytes(lambda: runner.loss(x, y), device))
 
 def lines_of(
     runner:Runner, # At the group's depth
@@ -172,7 +175,9 @@ def fits(
     free = memory-16*row['parameters']-row['fixed']
     each = row['per_image']+row['input']
     res = dict(largest_batch=max(0, int(free//each)))
-    if depth and 'per_block' in row: res['deepest'] = max(0, depth+int((free-batch_size*each)//max(1, row['per_block'])))
+    if depth and 'per_block' in row:
+        more = (free-batch_size*each)//max(1, row['per_block'])
+        res['deepest'] = max(0, depth+int(more))
     return res
 
 # %% ../../nbs/use/42_benchmark.ipynb #977d2aa1
@@ -307,7 +312,7 @@ def _alone(row, runner, judges, memory):
         key = c.model,str({k: v for k,v in c.args.items() if k!='chunk'})
         if key not in judges: judges[key] = exact_gradients(runner)
         row['gradient_error'] = gradient_error(runner, judges[key])
-    if 'largest' in g.measures and runner.device.type=='cuda':
+    if 'largest' in g.measures and runner.device.type=='cuda' and not runner.compiled:
         row['tried'] = try_largest(runner, row['largest_batch'], memory)
 
 def _rounds(pairs, group, device, late):
@@ -344,7 +349,8 @@ def run_group(
     "Measure the candidates of a group"
     pairs,judges = [],{}
     for c in group.candidates:
-        row,runner = (dict(asdict(c), status='not run', why='the time for this run was over'),None) if late() else _start(c, group, device)
+        none = dict(asdict(c), status='not run', why='the time for this run was over'),None
+        row,runner = none if late() else _start(c, group, device)
         pairs.append((row,runner))
         if runner: _attempt(row, lambda: _alone(row, runner, judges, memory), device)
     judges.clear()
@@ -372,15 +378,17 @@ def compare(
     **kwargs, # Of the `Group`
 )->Group:
     "One of our models beside its rival"
-    rival,clip = rivals.get(model),'16x4' in model
+    rival,clip = rivals[model],'16x4' in model
     quiet = dict(dropout=0., stochastic_depth_prob=0.) if clip else {}
-    them = [Candidate(f"{rival.split('/')[-1]}, {w}", rival, w, args=quiet) for w in ways if rival and not (clip and w=='checkpointed')]
+    short,known = rival.split('/')[-1],[w for w in ways if not (clip and w=='checkpointed')]
+    them = [Candidate(f'{short}, {w}', rival, w, args=quiet) for w in known]
     us = [Candidate(f'{model}, {o}', model, settings=settings[o]) for o in ours]
     if clip: kwargs = dict(dict(shape=(3,16,224,224), classes=400), **kwargs)
     if 'patch16' in model: kwargs['depth'] = depth = depth or (24 if 'large' in model else 12)
     args = {**({'depth': depth} if depth else {}), **kwargs.pop('args', {})}
-    words = [model, amp, f"{batch_size} {'clip' if clip else 'image'}{'s'*(batch_size>1)}"]+[f'{k} {v}' for k,v in args.items()]
-    return Group(', '.join(words), (*them, *us), batch_size, amp=amp, args=args, **kwargs)
+    size = f"{batch_size} {'clip' if clip else 'image'}{'s'*(batch_size>1)}"
+    title = ', '.join([model, amp, size]+[f'{k} {v}' for k,v in args.items()])
+    return Group(title, (*them, *us), batch_size, amp=amp, args=args, **kwargs)
 
 # %% ../../nbs/use/42_benchmark.ipynb #bacb35c9
 def host_group(
@@ -388,22 +396,24 @@ def host_group(
     rounds:int=8, # Of timed steps
 )->Group:
     "What a step costs on the side of Python and the dispatcher"
-    args = dict(img_size=32, embed_dim=16, num_heads=2, depth=24, **(dict(drop_path_rate=drop_path) if drop_path else {}))
+    args = dict(img_size=32, embed_dim=16, num_heads=2, depth=24)
+    if drop_path: args['drop_path_rate'] = drop_path
     vit,rev = 'vit_small_patch16_224','revvit_small_patch16_224'
     them = [Candidate(f'ViT, {w}', vit, w) for w in ('eager','checkpointed')]
     us = [Candidate(f'Rev-ViT, {12//n} chunk{"s"*(n<12)}', rev, args=dict(chunk=n)) for n in (12,2)]
-    return Group(f"host time: depth 24, width 16, 4 tokens, bfloat16{f', drop path {drop_path}' if drop_path else ''}",
-        (*them, *us, Candidate('Rev-ViT, stored', rev, settings=dict(on=False))), 12, (3,32,32), amp='bfloat16', args=args, measures=('operations','host'),
-        rounds=rounds, steps=2)
+    all = (*them, *us, Candidate('Rev-ViT, stored', rev, settings=dict(on=False)))
+    title = "host time: depth 24, width 16, 4 tokens, bfloat16"+(f", drop path {drop_path}" if drop_path else '')
+    kwargs = dict(measures=('operations','host'), rounds=rounds, steps=2)
+    return Group(title, all, 12, (3,32,32), amp='bfloat16', args=args, **kwargs)
 
 # %% ../../nbs/use/42_benchmark.ipynb #99d960dc
 def small_set():
     "Groups for a CPU: some minutes on two cores"
-    drawn = ('memory','time')   # with drop path there is no gradient error
+    drawn,dropped = ('memory','time'),dict(drop_path_rate=.3)   # with drop path there is no gradient error
     return [host_group(), host_group(.1),
         compare('revvit_small_patch16_224', 4, ('eager','checkpointed','blocks compiled')),
         compare('revvit_tiny_patch16_224', 2, ours=('reversible','stored'), amp='bfloat16'),
-        compare('revvit_small_patch16_224', 4, ours=('reversible',), args=dict(drop_path_rate=.3), measures=drawn),
+        compare('revvit_small_patch16_224', 4, ours=('reversible',), args=dropped, measures=drawn),
         compare('revmvit_base_224', 2, ('eager',), ours=('reversible','stored'), measures=drawn, rounds=2),
         compare('revmvit_base_16x4_224', 1, ours=('reversible',), measures=drawn, rounds=1)]
 
@@ -415,7 +425,8 @@ def large_set():
     return [compare('revvit_large_patch16_224', 64, every, **gpu), host_group(), host_group(.1),
         compare('revmvit_base_224', 64, **gpu), compare('revmvit_base_16x4_224', 8, **gpu),
         compare('revvit_base_patch16_224', 128, **gpu), compare('revvit_small_patch16_224', 256, **gpu),
-        compare('revvit_large_patch16_224', 64, ours=('reversible',), args=dict(drop_path_rate=.3), **{**gpu, 'measures': ('memory','time')}),
+        compare('revvit_large_patch16_224', 64, ours=('reversible',), args=dict(drop_path_rate=.3),
+            **{**gpu, 'measures': ('memory','time')}),
         compare('revvit_large_patch16_224', 16, **{**gpu, 'amp': 'float32'})]
 
 # %% ../../nbs/use/42_benchmark.ipynb #3626e80a
@@ -439,7 +450,8 @@ def own_set(
     _known('settings', ours, settings)
     for n in (*batch_sizes, *depths):
         if n is not None and n<1: raise ValueError(f"batch sizes and depths must be 1 or more, got {n}")
-    if depths!=(None,) and (no := [o for o in models if 'patch16' not in o]): raise ValueError(f"depths are for ViTs: the stages of {no[0]} fix its depth")
+    if depths!=(None,) and (no := [o for o in models if 'patch16' not in o]):
+        raise ValueError(f"depths are for ViTs: the stages of {no[0]} fix its depth")
     each = itertools.product(models, depths, batch_sizes, dtypes)
     return [compare(m, b, tuple(ways_of), tuple(ours), amp, d, **kwargs) for m,d,b,amp in each]
 
@@ -448,7 +460,8 @@ def _device_name(device):
     if device.type=='cuda': return torch.cuda.get_device_name(device)
     try: lines = Path('/proc/cpuinfo').read_text(encoding='utf8').splitlines()
     except OSError: lines = []
-    return next((o.partition(':')[2].strip() for o in lines if o.startswith('model name')), '') or platform.processor() or platform.machine()
+    name = next((o.partition(':')[2].strip() for o in lines if o.startswith('model name')), '')
+    return name or platform.processor() or platform.machine()
 
 def _load(): return [round(o, 2) for o in os.getloadavg()] if hasattr(os, 'getloadavg') else None
 
@@ -458,10 +471,12 @@ def describe(
     command:str='', # As it was typed
 )->dict:
     "What a record says besides its measurements"
-    versions = dict(revvit=revvit.__version__, torch=torch.__version__, timm=timm.__version__, python=platform.python_version())
+    versions = {k: m.__version__ for k,m in dict(revvit=revvit, torch=torch, timm=timm).items()}
+    versions['python'] = platform.python_version()
     if device.type=='cuda': versions['cuda'] = torch.version.cuda
-    return dict(format=1, title=title, date=datetime.now(timezone.utc).isoformat(timespec='seconds'), command=command, device=_device_name(device),
-        device_type=device.type, cores=os.cpu_count(), threads=torch.get_num_threads(), load=_load(), versions=versions)
+    now = datetime.now(timezone.utc).isoformat(timespec='seconds')
+    return dict(format=1, title=title, date=now, command=command, device=_device_name(device), device_type=device.type,
+        cores=os.cpu_count(), threads=torch.get_num_threads(), load=_load(), versions=versions)
 
 def benchmark(
     groups:list, # Of `Group`
@@ -475,7 +490,8 @@ def benchmark(
 )->dict: # The record
     "Measure groups of candidates one after another"
     device,was,t = torch.device(device),torch.get_num_threads(),time.monotonic()
-    if device.type not in ('cpu','cuda'): raise ValueError(f"device must be a CPU or CUDA device, where memory can be measured, got {device}")
+    if device.type not in ('cpu','cuda'):
+        raise ValueError(f"device must be a CPU or a CUDA device, where memory can be measured, got {device}")
     torch.set_num_threads(threads)
     frozen = gc.get_freeze_count()
     gc.collect()
@@ -484,7 +500,8 @@ def benchmark(
         record = dict(describe(device, title, command), memory=memory, complete=False, groups=[])
         for g in groups:
             record['groups'].append(run_group(g, device, memory, lambda: time.monotonic()-t>60*minutes))
-            record |= dict(seconds=round(time.monotonic()-t, 1), load_after=_load(), complete=len(record['groups'])==len(groups))
+            record |= dict(seconds=round(time.monotonic()-t, 1), load_after=_load())
+            record['complete'] = len(record['groups'])==len(groups)
             done(record)
         return record
     finally:
@@ -496,9 +513,12 @@ def _span(v): return '' if v is None else f'{v*1e3:.3g} ms' if v<1 else f'{v:.3g
 def _megabytes(v): return '' if v is None else f'{v/1e6:,.2f}' if v<1e8 else f'{v/1e6:,.0f}'
 def _count(v): return '' if v is None else f'{v:,}'
 
-_columns = {'step': ('seconds', _span), 'ratio': ('ratio', '{:.2f}'.format), 'images/s': ('images_per_second', '{:.3g}'.format), 'operations': ('operations', _count),
-    'kept MB': ('kept', _megabytes), 'peak MB': ('peak', _megabytes), 'MB/image': ('per_image', _megabytes), 'reserved MB': ('reserved', _megabytes),
-    'largest batch': ('largest_batch', _count), 'deepest': ('deepest', _count), 'gradient error': ('gradient_error', '{:.1e}'.format)}
+_columns = {'step': ('seconds', _span), 'ratio': ('ratio', '{:.2f}'.format),
+    'images/s': ('images_per_second', '{:.3g}'.format), 'operations': ('operations', _count),
+    'kept MB': ('kept', _megabytes), 'peak MB': ('peak', _megabytes), 'MB/image': ('per_image', _megabytes),
+    'allocated MB': ('allocated', _megabytes), 'reserved MB': ('reserved', _megabytes),
+    'largest batch': ('largest_batch', _count), 'deepest': ('deepest', _count),
+    'gradient error': ('gradient_error', '{:.1e}'.format)}
 
 def table(
     group:dict, # From a record
@@ -507,7 +527,8 @@ def table(
     import pandas as pd
     rows = group['rows']
     cols = {k: ['' if r.get(f) is None else fmt(r[f]) for r in rows] for k,(f,fmt) in _columns.items()}
-    cols |= {'at the largest': [f"{t['batch_size']}: {t['images_per_second']:.3g} images/s" if (t := r.get('tried')) else '' for r in rows]}
+    tried = [r.get('tried') for r in rows]
+    cols['at the largest'] = [f"{t['batch_size']}: {t['images_per_second']:.3g} images/s" if t else '' for t in tried]
     cols['why not'] = [f"{r['status']}: {r['why']}" if r['status']!='ok' else '' for r in rows]
     return pd.DataFrame({k: v for k,v in cols.items() if any(v)}, index=[r['name'] for r in rows])
 
@@ -517,9 +538,11 @@ def heading(
 )->str:
     "Title, device, versions and date in one line"
     r,v = record,record['versions']
-    where = r['device'] if r['device_type']=='cuda' else f"{r['device']}, {r['threads']} thread{'s'*(r['threads']>1)}"
-    load = '' if r.get('load') is None or r['device_type']=='cuda' else f"; load average {r['load'][0]:.1f} of {r['cores']} cores"
-    return f"{r['title']}: {where}; {', '.join(f'{k} {v}' for k,v in v.items())}; {r['date'][:10]}{load}{'' if r['complete'] else '; not finished'}"
+    where = [r['device']] if r['device_type']=='cuda' else [r['device'], f"{r['threads']} thread{'s'*(r['threads']>1)}"]
+    parts = [', '.join(where), ', '.join(f'{k} {n}' for k,n in v.items()), r['date'][:10]]
+    if r.get('load') and r['device_type']!='cuda':
+        parts.append(f"load average {r['load'][0]:.1f} on {r['cores']} cores")
+    return f"{r['title']}: {'; '.join(parts)}{'' if r['complete'] else '; not finished'}"
 
 def read_results(
     folder:Path, # Folder with JSON files of `revvit_bench`
@@ -529,7 +552,8 @@ def read_results(
     for p in sorted(Path(folder).glob('*.json')):
         try: record = loads(p.read_text(encoding='utf8'))
         except ValueError as e: raise ValueError(f"{p}: not JSON ({e})") from e
-        if not isinstance(record, dict) or record.get('format')!=1: raise ValueError(f"{p}: no results of revvit_bench")
+        if not isinstance(record, dict) or record.get('format')!=1:
+            raise ValueError(f"{p}: no results of revvit_bench")
         found[p.name] = record
     return dict(sorted(found.items(), key=lambda o: o[1]['date']))
 
@@ -545,7 +569,7 @@ def plot_group(
         ours = r['model'].startswith('rev')
         ax.plot(r['ratio'], r['per_image']/1e6, 'o' if ours else 's', color='C0' if ours else 'C1')
         ax.annotate(r['name'], (r['ratio'], r['per_image']/1e6), xytext=(5,3), textcoords='offset points', fontsize=7)
-    ax.set(xlabel='time of a step over the first row\'s', ylabel='peak MB per image', yscale='log', title=group['title'])
+    ax.set(xlabel="time of a step over the first row's", ylabel='peak MB per image', yscale='log', title=group['title'])
     ax.title.set_fontsize(9)
     ax.margins(x=.25, y=.15)
     return ax
