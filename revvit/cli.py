@@ -460,6 +460,13 @@ def _typed(func, args):
     words = [w for k,v in told.items() for w in ('--'+k.replace('_','-'), *([] if v is True else [str(v)]))]
     return shlex.join([func.__name__, *words])
 
+def _show_group(record):
+    "The newest group of `record`, under the record's heading if it is the first"
+    from revvit.use.benchmark import heading, table
+    g = record['groups'][-1]
+    if len(record['groups'])==1: print(heading(dict(record, complete=True)))
+    print(f"\n{g['title']}\n{table(g).to_string()}", flush=True)
+
 def _results_file(out, device):
     "A new file in `out`, which can be written"
     out = out or (o if (o := Path('nbs')/'results').is_dir() else Path('.'))
@@ -506,10 +513,3 @@ def revvit_bench(
         n = len(state.get('groups', ()))
         raise KeyboardInterrupt(f"stopped; {path} holds what was finished, {n} group{'s'*(n>1)}" if n else "stopped before the first group was finished") from None
     print(dumps(state, indent=1) if json else f"Written to {path}")
-
-def _show_group(record):
-    "The newest group of `record`, under the record's heading if it is the first"
-    from revvit.use.benchmark import heading, table
-    g = record['groups'][-1]
-    if len(record['groups'])==1: print(heading(dict(record, complete=True)))
-    print(f"\n{g['title']}\n{table(g).to_string()}", flush=True)

@@ -366,7 +366,8 @@ def run_group(
 rivals = {**{f'revvit_{o}_patch16_224': f'vit_{o}_patch16_224' for o in ('tiny','small','base','large')},
     'revmvit_base_224': 'mvitv2_base', 'revmvit_base_16x4_224': 'torchvision/mvit_v1_b'}
 
-settings = {'reversible': None, 'exact': dict(on=True, exact=True), 'stored': dict(on=False)}
+settings = {'reversible': {}, 'chunk 1': dict(args=dict(chunk=1)), 'exact': dict(settings=dict(on=True, exact=True)),
+    'stored': dict(settings=dict(on=False))}
 
 def compare(
     model:str, # One of ours, as timm knows it
@@ -382,7 +383,7 @@ def compare(
     quiet = dict(dropout=0., stochastic_depth_prob=0.) if clip else {}
     short,known = rival.split('/')[-1],[w for w in ways if not (clip and w=='checkpointed')]
     them = [Candidate(f'{short}, {w}', rival, w, args=quiet) for w in known]
-    us = [Candidate(f'{model}, {o}', model, settings=settings[o]) for o in ours]
+    us = [Candidate(f'{model}, {o}', model, **settings[o]) for o in ours]
     if clip: kwargs = dict(dict(shape=(3,16,224,224), classes=400), **kwargs)
     if 'patch16' in model: kwargs['depth'] = depth = depth or (24 if 'large' in model else 12)
     args = {**({'depth': depth} if depth else {}), **kwargs.pop('args', {})}
@@ -411,7 +412,7 @@ def small_set():
     "Groups for a CPU: some minutes on two cores"
     drawn,dropped = ('memory','time'),dict(drop_path_rate=.3)   # with drop path there is no gradient error
     return [host_group(), host_group(.1),
-        compare('revvit_small_patch16_224', 4, ('eager','checkpointed','blocks compiled')),
+        compare('revvit_small_patch16_224', 4, ('eager','checkpointed','blocks compiled'), tuple(settings)),
         compare('revvit_tiny_patch16_224', 2, ours=('reversible','stored'), amp='bfloat16'),
         compare('revvit_small_patch16_224', 4, ours=('reversible',), args=dropped, measures=drawn),
         compare('revmvit_base_224', 2, ('eager',), ours=('reversible','stored'), measures=drawn, rounds=2),
@@ -568,8 +569,12 @@ def plot_group(
         if r.get('ratio') is None or r.get('per_image') is None: continue
         ours = r['model'].startswith('rev')
         ax.plot(r['ratio'], r['per_image']/1e6, 'o' if ours else 's', color='C0' if ours else 'C1')
-        ax.annotate(r['name'], (r['ratio'], r['per_image']/1e6), xytext=(5,3), textcoords='offset points', fontsize=7)
+        ax.annotate(r['name'].split(', ')[-1], (r['ratio'], r['per_image']/1e6), xytext=(3,4), textcoords='offset points',
+            fontsize=8, rotation=40)
     ax.set(xlabel="time of a step over the first row's", ylabel='peak MB per image', yscale='log', title=group['title'])
+    ax.yaxis.set_major_formatter('{x:g}')
+    ax.yaxis.set_minor_formatter('{x:g}')
+    ax.tick_params(which='minor', labelsize=6)
     ax.title.set_fontsize(9)
-    ax.margins(x=.25, y=.15)
+    ax.margins(x=.25, y=.3)
     return ax
