@@ -315,6 +315,7 @@ def _alone(row, runner, judges, memory):
     if 'largest' in g.measures and runner.device.type=='cuda' and not runner.compiled:
         row['tried'] = try_largest(runner, row['largest_batch'], memory)
 
+# %% ../../nbs/use/42_benchmark.ipynb #bd4e61dd
 def _rounds(pairs, group, device, late):
     "Seconds of each candidate in each round, by its position"
     times,measure = {},host_seconds if 'host' in group.measures else step_seconds
@@ -466,6 +467,7 @@ def _device_name(device):
 
 def _load(): return [round(o, 2) for o in os.getloadavg()] if hasattr(os, 'getloadavg') else None
 
+# %% ../../nbs/use/42_benchmark.ipynb #f905528c
 def describe(
     device:torch.device, # Measured on
     title:str='', # Of the run
@@ -479,6 +481,7 @@ def describe(
     return dict(format=1, title=title, date=now, command=command, device=_device_name(device), device_type=device.type,
         cores=os.cpu_count(), threads=torch.get_num_threads(), load=_load(), versions=versions)
 
+# %% ../../nbs/use/42_benchmark.ipynb #756e9fdd
 def benchmark(
     groups:list, # Of `Group`
     device='cpu', # A CPU or CUDA device
@@ -545,6 +548,7 @@ def heading(
         parts.append(f"load average {r['load'][0]:.1f} on {r['cores']} cores")
     return f"{r['title']}: {'; '.join(parts)}{'' if r['complete'] else '; not finished'}"
 
+# %% ../../nbs/use/42_benchmark.ipynb #c40584c0
 def read_results(
     folder:Path, # Folder with JSON files of `revvit_bench`
 )->dict: # Records by file name, oldest first
@@ -558,6 +562,7 @@ def read_results(
         found[p.name] = record
     return dict(sorted(found.items(), key=lambda o: o[1]['date']))
 
+# %% ../../nbs/use/42_benchmark.ipynb #a30bf05c
 def plot_group(
     group:dict, # From a record
     ax=None, # Axes to draw on; None for new ones
