@@ -261,9 +261,9 @@ def _recipe(name, average, threads, **changes):
 def _learner(r, data, seed, amp, weights, new_head, new_size, workers, on_bad, root, device, chunk, allow_shared=False):
     "The learner, and what its loaders were told"
     from revvit.checkpoints import load_checkpoint
-    from revvit.device import pick_device
+    from revvit.device import allow_tf32, pick_device
     from revvit.training import learner, recipe_dls, recipe_model
-    device = pick_device(device)
+    device = allow_tf32(pick_device(device))
     data,kwargs = _own_data(r, data, workers, on_bad, root, allow_shared)
     dls = recipe_dls(r, data, seed=seed, device=device, **kwargs)
     model = recipe_model(replace(r, model_args={**r.model_args, 'chunk':chunk}) if chunk else r, len(dls.vocab), seed)
@@ -388,17 +388,19 @@ def revvit_predict(
     views:int=5, # Clips of a video, spread over its length, whose probabilities are averaged
     classes:Path|None=None, # Text file with the names of the classes, one a line
     features:Path|None=None, # NumPy archive (.npz) to write, with the pooled features of each file under its name
+    amp:str='off', # Mixed precision, faster on a GPU: bf16, fp16 or off
     device:str|None=None, # cpu, cuda, cuda:1, mps, ...; by default the GPU if there is one
     json:bool=False, # Print a JSON list with the probabilities of all classes
 ):
     "Name what is in images and videos, with probabilities in percent."
     from revvit.device import out_of_memory
-    from revvit.inference import _answer, _look, class_names
+    from revvit.inference import _answer, _check_amp, _look, class_names
+    _check_amp(amp)
     if features: _check_out(features)
     m = _model_for(weights, model, classes, device)
     names,code,answers,feats = class_names(m),0,[],{}
     for f in files:
-        try: probs,feats[f] = _look(m, f, views)
+        try: probs,feats[f] = _look(m, f, views, amp)
         except (ValueError, OSError) as e:
             if out_of_memory(e): raise
             print(f"revvit_predict: {_sentence(e)}", file=sys.stderr)
@@ -425,14 +427,16 @@ def revvit_test(
     views:int=5, # Clips of a video, spread over its length, whose probabilities are averaged
     root:Path|None=None, # Where relative paths in a list of videos start; by default the folder of the list
     classes:Path|None=None, # Text file with the names of the classes, one a line, in the order of the logits
+    amp:str='off', # Mixed precision, faster on a GPU: bf16, fp16 or off
     device:str|None=None, # cpu, cuda, cuda:1, mps, ...; by default the GPU if there is one
     json:bool=False, # Print a JSON dictionary; top1 and top5 in it are from 0 to 1
 ):
     "Measure the accuracy of a model on images or videos: top-1 and top-5 in percent."
-    from revvit.inference import eval_loader, evaluate
+    from revvit.inference import _check_amp, eval_loader, evaluate
+    _check_amp(amp)
     m = _model_for(weights, model, classes, device)
     dl = eval_loader(m, data, batch_size, min(8, os.cpu_count() or 1) if workers is None else workers, views, root)
-    res = evaluate(m, dl)
+    res = evaluate(m, dl, amp=amp)
     if json: print(dumps(dict(data=str(data), **res), indent=1))
     else: print(f"top-1 {100*res['top1']:.2f} %, top-5 {100*res['top5']:.2f} %, loss {res['loss']:.4f}; {res['n']} files in {data}")
 
