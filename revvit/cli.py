@@ -489,7 +489,7 @@ def revvit_bench(
     batch_sizes:str|None=None, # Images or clips a step for --models, with commas between; by default 8
     dtypes:str|None=None, # float32, bfloat16 or float16 (by autocast) for --models, with commas between; by default float32
     rivals:str|None=None, # Ways of the plain model of the same size for --models, of eager, checkpointed, attention kept, offloaded, compiled, blocks compiled, budget 0.1 and budget 0.5, with commas between; by default eager,checkpointed
-    settings:str|None=None, # Settings of ours for --models, of reversible, chunk 1, exact and stored, with commas between; by default all but chunk 1
+    settings:str|None=None, # Settings of ours for --models, of reversible, chunk 1, keep 0.07, keep 0.25, keep 0.5, keep 1, exact and stored, with commas between; by default reversible,exact,stored
     memory:float=24, # GB (10^9 bytes) that a training run may take, for the largest batch and the deepest model
     minutes:float=7.5, # After which nothing new is begun; what is missing has a row that says so
     threads:int=1, # CPU threads

@@ -367,8 +367,9 @@ def run_group(
 rivals = {**{f'revvit_{o}_patch16_224': f'vit_{o}_patch16_224' for o in ('tiny','small','base','large')},
     'revmvit_base_224': 'mvitv2_base', 'revmvit_base_16x4_224': 'torchvision/mvit_v1_b'}
 
-settings = {'reversible': {}, 'chunk 1': dict(args=dict(chunk=1)), 'exact': dict(settings=dict(on=True, exact=True)),
-    'stored': dict(settings=dict(on=False))}
+settings = {'reversible': {}, 'chunk 1': dict(args=dict(chunk=1)),
+    **{f'keep {o:g}': dict(settings=dict(on=True, keep=o)) for o in (.07,.25,.5,1.)},
+    'exact': dict(settings=dict(on=True, exact=True)), 'stored': dict(settings=dict(on=False))}
 
 def compare(
     model:str, # One of ours, as timm knows it
@@ -424,7 +425,7 @@ def large_set():
     every = ('eager','checkpointed','attention kept','offloaded','compiled','budget 0.1','budget 0.5')
     all = ('memory','operations','error','time','largest')
     gpu = dict(amp='bfloat16', rounds=5, steps=3, measures=all)
-    return [compare('revvit_large_patch16_224', 64, every, **gpu), host_group(), host_group(.1),
+    return [compare('revvit_large_patch16_224', 64, every, tuple(settings), **gpu), host_group(), host_group(.1),
         compare('revmvit_base_224', 64, **gpu), compare('revmvit_base_16x4_224', 8, **gpu),
         compare('revvit_base_patch16_224', 128, **gpu), compare('revvit_small_patch16_224', 256, **gpu),
         compare('revvit_large_patch16_224', 64, ours=('reversible',), args=dict(drop_path_rate=.3),
