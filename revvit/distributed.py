@@ -60,15 +60,20 @@ def _sum(*values):
 class Distribute(Callback):
     "Train with the other processes of the group"
     order = -9   # after fastai has put the model on its device and switched it to train()
+    wrapped = None
     def before_fit(self):
         if _searching(self.learn):
             raise ValueError("lr_find is for one process: look for the rate without torchrun, then start the run")
         odd = [o.name for o in self.learn.metrics if not isinstance(o, AvgMetric)]
         if odd: raise ValueError(f"{odd[0]} is no mean over items, so its parts in several processes cannot be added up: measure it afterwards, in one process")
     def before_train(self):
-        ids = [torch.cuda.current_device()] if next(self.model.parameters()).is_cuda else None
-        self.learn.model = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+        if self.wrapped is None or self.wrapped.module is not self.model: # once a fit: its buckets are as large as the model
+            ids = [torch.cuda.current_device()] if next(self.model.parameters()).is_cuda else None
+            self.wrapped = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False,
+                                                   gradient_as_bucket_view=True)
+        self.learn.model = self.wrapped
     def after_train(self): self.learn.model = _bare(self.model)
+    def after_fit(self): self.wrapped = None
     def after_validate(self):
         for m in self.recorder._valid_mets:
             total,count = _sum(m.total, m.count)

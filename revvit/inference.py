@@ -58,12 +58,19 @@ def _views(model, path, views):
     if is_video(path): raise ValueError(f"{path}: a video, but the model takes images")
     return _transform(model, views)(path)[None]
 
+_amp = dict(off=None, bf16=torch.bfloat16, fp16=torch.float16)
+
+def _check_amp(amp):
+    if amp not in _amp: raise ValueError(f"amp must be off, bf16 or fp16, got {amp!r}")
+
 @contextmanager
-def _evaluating(model):
-    "Evaluation mode without gradients; afterwards every module is in the mode it was in"
+def _evaluating(model, amp='off'):
+    "Evaluation mode without gradients, perhaps in mixed precision; afterwards every module is in the mode it was in"
+    _check_amp(amp)
+    kind = next((p.device.type for p in model.parameters()), 'cpu')
     modes = {o: o.training for o in model.modules()}
     try:
-        with torch.no_grad(): yield model.eval()
+        with torch.no_grad(), torch.autocast(kind, _amp[amp] or torch.bfloat16, enabled=amp!='off'): yield model.eval()
     finally:
         for o,training in modes.items(): o.training = training
 
@@ -150,9 +157,9 @@ def _ready(model_or_name, weights, device):
 
 def _exact(x): return x.cpu().double()   # on the CPU: Apple's GPU knows no float64
 
-def _look(model, path, views):
+def _look(model, path, views, amp='off'):
     "Probabilities (classes,) and pooled features (num_features,), both float64 and averaged over the views of a file"
-    with _evaluating(model):
+    with _evaluating(model, amp):
         tokens = (model.forward_features(o[None]) for o in _to(_views(model, path, views), model))   # one view at a time: memory for one
         seen = [(_exact(model.forward_head(o)).softmax(1), _exact(model.forward_head(o, pre_logits=True)))
                 for o in tokens]
@@ -208,11 +215,12 @@ def evaluate(
     model:nn.Module, # Logits (B, classes); stays in its mode
     dl, # fastai or PyTorch loader of (images or clips, labels); clips (B, C, T, H, W), or (B, views, C, T, H, W)
     progress:bool|None=None, # Show a bar on the error stream; None for on a terminal
+    amp:str='off', # Mixed precision: 'bf16', 'fp16' or 'off'
 )->dict: # top1 and top5, from 0 to 1; loss, the mean cross-entropy; n, the number of items
     "Accuracy of `model` over all items of `dl`"
     _check_loader(dl)
     n,right1,right5,loss = 0,0,0,0.
-    with _evaluating(model):
+    with _evaluating(model, amp):
         for batch in tqdm(dl, unit='batch', leave=False, disable=None if progress is None else not progress):
             logp = _log_probs(model, _to(batch[0], model))
             y = batch[-1].as_subclass(torch.Tensor).to(logp.device)

@@ -163,6 +163,15 @@ def after_epoch(self:KeepState):
     self.trained = False
 
 # %% ../nbs/09c_resume.ipynb #20ba8b2c
+def _read_by_all(folder):
+    "The newest state, which the first process chooses and each reads: sent from one to all it would be pickled whole"
+    mine = []
+    def choose():
+        mine.append(newest_state(folder))
+        return mine[0] and mine[0]['path']
+    path = from_first(choose)
+    return mine[0] if mine else path and dict(read_checkpoint(path), path=path)
+
 def keep_state(
     learn:Learner, # Made by `learner`, for the same recipe, seed and data as the run
     folder:str|Path|None=None, # Where states are; None for the learner's `path`
@@ -178,6 +187,6 @@ def keep_state(
     folder = Path(learn.path if folder is None else folder)
     learn.add_cb(KeepState(folder, every, keep, minutes))
     if resume:
-        content = from_first(newest_state, folder if resume is True else resume)
+        content = _read_by_all(folder if resume is True else resume)
         if content is not None: _restore(learn, content)
     return learn

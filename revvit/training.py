@@ -22,7 +22,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
-from fastai.vision.all import (Callback, CancelFitException, CSVLogger, GradientClip, LabelSmoothingCrossEntropyFlat,
+from fastai.vision.all import (Callback, CancelFitException, CSVLogger, LabelSmoothingCrossEntropyFlat,
                                Learner, MixedPrecision, OptimWrapper,
     ParamScheduler, ProgressCallback, accuracy, noop, num_distrib, rank_distrib, set_seed)
 from .checkpoints import save_checkpoint
@@ -266,8 +266,11 @@ def _first_bad(named):
 
 # %% ../nbs/09_training.ipynb #a8fa8045
 class StopOnNonFinite(Callback):
-    "Stop before the optimizer step when the loss or a gradient is infinite or NaN"
+    "Stop before the optimizer step when the loss or a gradient is infinite or NaN; shorten a gradient that is too long"
     order,run_valid = MixedPrecision.order+.5,False
+    def __init__(self,
+        clip:float|None=None, # Longest gradient, as the norm over all parameters; None for no limit
+    ): self.clip = clip
     def after_loss(self):
         if torch.isfinite(self.loss.detach()).all(): return
         if _searching(self.learn): raise CancelFitException()
@@ -275,10 +278,12 @@ class StopOnNonFinite(Callback):
         params = [(f'parameter {n}', p) for n,p in _bare(self.model).named_parameters()]
         self._stop(_first_bad([*ins, *params, ('output of the model', self.pred), ('loss', self.loss)]))
     def before_step(self):
-        grads = [(f'gradient of {n}', p.grad) for n,p in _bare(self.model).named_parameters() if p.grad is not None]
-        if torch.isfinite(torch.nn.utils.get_total_norm([g for _,g in grads])): return
-        if _searching(self.learn): raise CancelFitException()
-        if bad := _first_bad(grads): self._stop(bad)
+        named = [(n,p) for n,p in _bare(self.model).named_parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for _,p in named])   # one for the check and for the limit
+        if not torch.isfinite(norm):
+            if _searching(self.learn): raise CancelFitException()
+            if bad := _first_bad([(f'gradient of {n}', p.grad) for n,p in named]): self._stop(bad)
+        if self.clip: torch.nn.utils.clip_grads_with_norm_([p for _,p in named], self.clip, norm)
     def _stop(self, what):
         self.opt.zero_grad()
         raise NonFiniteError(f"step {self.train_iter+1} (epoch {self.epoch}): {what} is not finite; stopped before the optimizer step, the weights are those of step {self.train_iter}")
@@ -405,6 +410,10 @@ def _for_batches(recipe, bs):
                       stacklevel=3)
     return replace(recipe, batch_size=bs)
 
+def _fused(device):
+    "All of AdamW in one kernel where launching kernels costs more than they do; None leaves it to PyTorch"
+    return True if torch.device(device or 'cpu').type=='cuda' else None
+
 def learner(
     dls, # fastai `DataLoaders` with a `vocab`
     recipe:Recipe, # What to do
@@ -417,13 +426,12 @@ def learner(
     classes = len(dls.vocab)
     if model is None: model = recipe_model(recipe, classes, seed)
     r = _for_batches(recipe, dls.train.bs*max(1, num_distrib()))
-    cbs = [SeedRun(seed), StopOnNonFinite(), Schedule(r.warmup_epochs/r.epochs, r.warmup_lr, r.final_lr), PlainLog()]
-    if r.clip: cbs.append(GradientClip(r.clip))
+    cbs = [SeedRun(seed), StopOnNonFinite(r.clip), Schedule(r.warmup_epochs/r.epochs, r.warmup_lr, r.final_lr), PlainLog()]
     if r.mixup or r.cutmix: cbs.append(MixBatches(r.mixup, r.cutmix, r.smoothing, classes))
     if r.average: cbs.append(WeightAverage(r.average))
     learn = Learner(dls, model, loss_func=MixLoss(eps=r.smoothing), metrics=accuracy, lr=r.lr, cbs=cbs,
         splitter=partial(param_groups_weight_decay, weight_decay=r.weight_decay),
-        opt_func=partial(_AdamW, opt=torch.optim.AdamW, convert_groups=False, betas=r.betas, eps=r.eps))
+        opt_func=partial(_AdamW, opt=torch.optim.AdamW, convert_groups=False, betas=r.betas, eps=r.eps, fused=_fused(dls.device)))
     learn.recipe = r
     if out: record_run(learn, out, r.image_cfg)
     return set_amp(learn, amp)

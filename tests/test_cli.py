@@ -76,7 +76,7 @@ def test_json_and_several_files(work, here):
     assert a['pred_score'] == max(a['pred_scores']) == a['pred_scores'][a['pred_label']] and a['pred_class'] == str(a['pred_label'])
 
 @pytest.mark.parametrize('name,flags', [('revvit_train', 'recipe out epochs batch-size lr workers seed amp weights resume save-steps save-minutes'), ('revvit_predict', 'weights model top views classes features device json'),
-    ('revvit_test', 'data weights model batch-size workers views classes device json')])
+    ('revvit_test', 'data weights model batch-size workers views classes device json'), ('revvit_bench', 'small models depths batch-sizes dtypes rivals settings memory minutes threads out device json')])
 def test_help(name, flags, capfd):
     with pytest.raises(SystemExit) as e: getattr(cli, name)(['--help'])
     out,err = capfd.readouterr()

@@ -1,9 +1,10 @@
 """Several processes, R20: what they compute together is what one computes. `torchrun` starts this very file twice over (Gloo, 127.0.0.1, float64);
 the first process writes what it found, and the tests read that."""
-import json, os, re, signal, subprocess, sys, time, warnings
+import json, os, pickle, re, signal, subprocess, sys, time, warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest, torch
 import revvit.resume
@@ -121,10 +122,14 @@ def fit(out, *cbs, **when):
 
 def resumed(out, **when):
     "Do a run in one piece and one in two end with the same bits, here and in the other process?"
-    straight = fit(out/'straight')
+    with patch('revvit.distributed.DistributedDataParallel', wraps=DistributedDataParallel) as ddp: straight = fit(out/'straight')
     fit(out/'broken', Stop(), **when)
     dist.barrier()
-    again = fit(out/'broken', **when)
+    sent,send = [],dist.broadcast_object_list
+    def measured(box, *args, **kw):
+        sent.append(len(pickle.dumps(box)))
+        return send(box, *args, **kw)
+    with patch('torch.distributed.broadcast_object_list', measured): again = fit(out/'broken', **when)
     mine = [*straight.model.state_dict().values(), *again.model.state_dict().values()]
     box = [mine]
     dist.broadcast_object_list(box)
@@ -133,7 +138,7 @@ def resumed(out, **when):
     torch.manual_seed(0)
     draws = [None]*2
     dist.all_gather_object(draws, float(straight.recorder.losses[-1]))
-    return dict(same=same, log=len((out/'broken'/'history.csv').read_text().splitlines()), files=sorted(o.name for o in (out/'broken').iterdir()), loss=draws)
+    return dict(same=same, wraps=ddp.call_count, view=ddp.call_args.kwargs.get('gradient_as_bucket_view'), sent=sent, log=len((out/'broken'/'history.csv').read_text().splitlines()), files=sorted(o.name for o in (out/'broken').iterdir()), loss=draws)
 
 def main(what, out):
     torch.set_num_threads(1)
@@ -211,6 +216,11 @@ def test_R33_two_processes_stopped_and_resumed_end_with_the_same_bits(found, whe
     assert found[when]['same'] and found[when]['log'] == 4
     assert found[when]['loss'][0] == found[when]['loss'][1]
     assert found[when]['files'] == ['checkpoint.pth', 'history.csv', 'state-2-4.pth', 'state-3.pth'] # and no trace of the other process
+
+def test_one_wrapper_a_fit_and_no_state_in_a_pickle(found):
+    "Three epochs share their gradient buckets; a resumed run's state is read by each process, and only its path is sent"
+    assert (found['resume']['wraps'], found['resume']['view']) == (1, True)
+    assert found['resume']['sent'] and max(found['resume']['sent']) < 2000
 
 def test_R26_a_nan_in_one_process_stops_all(tmp_path):
     "With its own sentence, a failing exit status, the states from before, and no process left"

@@ -15,8 +15,8 @@ notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoin
 numbered = [p for p in notebooks if re.match(r'\d\d[a-z]?_', p.name)]
 stem = lambda p: p.stem.split('_', 1)[1]
 dotted = lambda p, top: '.'.join([*p.parent.relative_to(top).parts, stem(p) if p.suffix == '.ipynb' else p.stem])
-# The coupling, the core, what models are made of, the rest; 09b_inference stands between 09_training and 10_benchmark
-reading = sorted(numbered, key=lambda p: (p.name != '00_coupling.ipynb', ['core','models','nbs'].index(p.parent.name), p.name))
+# The coupling, the core, what models are made of, the rest, what people run; 09b_inference stands between 09_training and 10_benchmark
+reading = sorted(numbered, key=lambda p: (p.name != '00_coupling.ipynb', ['core','models','nbs','use'].index(p.parent.name), p.name))
 order = [dotted(p, root/'nbs') for p in reading]
 modules = [p for p in sorted((root/'revvit').rglob('*.py')) if not p.name.startswith('_')]
 name = lambda p: p.relative_to(root).as_posix()

@@ -2,9 +2,10 @@
 import os, re, subprocess, sys, warnings
 from contextlib import redirect_stdout
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np, pytest, torch
-from fastai.vision.all import Callback, CancelFitException
+from fastai.vision.all import Callback, CancelFitException, GradientClip
 from revvit.images import digits_dls
 from revvit.resume import keep_state, states
 from revvit.training import learner, recipes
@@ -163,3 +164,38 @@ def test_silenced(capsys):
     assert capsys.readouterr().out.count('\n') == 1
     quiet(learn, 'fit', 1)
     assert capsys.readouterr().out == ''
+
+# ---------------------------------------------------------------- what a step costs
+
+def test_one_norm_a_step_for_the_check_and_the_limit():
+    "The weights are those that fastai's own clipping gives"
+    with mock.patch('torch.nn.utils.get_total_norm', wraps=torch.nn.utils.get_total_norm) as norm:
+        learn = quiet(make(replace(plain, clip=.1)), 'fit', 1)
+    assert norm.call_count == len(learn.dls.train) == len(learn.recorder.lrs)
+    other = make(replace(plain, clip=None))
+    other.add_cb(GradientClip(.1))
+    weights = [list(o.model.state_dict().values()) for o in (learn, quiet(other, 'fit', 1), quiet(make(replace(plain, clip=None)), 'fit', 1))]
+    assert all(map(torch.equal, *weights[:2])) and not all(map(torch.equal, *weights[::2]))
+
+@pytest.mark.parametrize('before,after', [(True, True), (None, True), (True, None)], ids=str)
+def test_a_fused_optimizer_resumes_to_the_bit(before, after, tmp_path):
+    "A state goes on with the kind of AdamW that wrote it, also where the learner would take the other: old states, another device"
+    def run(kind, folder, *cbs, **kw):
+        with mock.patch('revvit.training._fused', lambda device: kind): learn = keep_state(make(out=folder), **kw)
+        learn.add_cbs(cbs)
+        try: quiet(learn, 'fit', 2)
+        except KeyboardInterrupt: pass
+        return learn
+    class Stop(Callback):
+        def after_epoch(self):
+            if self.epoch == 1: raise KeyboardInterrupt
+    straight = run(before, tmp_path/'a')
+    assert bool(straight.opt.opt.defaults['fused']) == bool(before)
+    run(before, tmp_path/'b', Stop())
+    for o in states(tmp_path/'b')[:-1]: o.unlink()
+    again = run(after, tmp_path/'b', resume=True)
+    assert all(map(torch.equal, straight.model.state_dict().values(), again.model.state_dict().values()))
+
+def test_adamw_is_fused_on_a_gpu():
+    from revvit.training import _fused
+    assert [_fused(o) for o in ('cuda', torch.device('cuda:1'), 'cpu', 'mps', None)] == [True, True, None, None, None]
