@@ -330,6 +330,7 @@ class _Enter(Function):
         with ctx.tape.guard(): ctx.tape.finish()
         return d1,d2,None
 
+# %% ../nbs/01_engine.ipynb #b182e58e
 class _Block(Function):
     "One block, in place both ways"
     @staticmethod
@@ -395,6 +396,7 @@ class _Tail(Function):
             if not any(ctx.needs_input_grad[:2]): ctx.tape.finish()
         return d1,d2,None,None,*gp
 
+# %% ../nbs/01_engine.ipynb #c4ce8b92
 def _tail_back(call, y1, y2, d, needs, start):
     "Gradients of both streams, in new memory, and of the parameters"
     call.prepare(needs)
@@ -520,6 +522,7 @@ def _reverse(self:ReversibleSequence, x1, x2, tail, exact):
             params += [p for _,b in blocks for p in b.parameters()]
     return out
 
+# %% ../nbs/01_engine.ipynb #f7063b43
 @patch
 def _stored_run(self:ReversibleSequence, blocks, x1, x2, exact):
     "`blocks`, with their numbers, by ordinary autograd"

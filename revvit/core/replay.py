@@ -398,6 +398,7 @@ def prepare(self:Call,
             self.where.append(i)
     self.lend = partial(Lend, pairs) if pairs else nullcontext
 
+# %% ../../nbs/core/02_replay.ipynb #6fa2e1e9
 @patch
 def vjp(self:Call, i, xs, d, wanted=True):
     "Part `i` once more: its scaled output, and gradients of the inputs and of `params`, for an output gradient `d`"

@@ -77,6 +77,7 @@ class FusedMlp(FusedHalf):
 # %% ../../nbs/models/10a_fused.ipynb #a95a674f
 _FLASH = torch.nn.attention.SDPBackend.FLASH_ATTENTION.value
 
+# %% ../../nbs/models/10a_fused.ipynb #e3cf7a70
 class FusedAttention(FusedHalf):
     "LayerNorm, multi-head self-attention"
     def __init__(self, norm, qkv, proj, dtype, modules,
@@ -151,6 +152,7 @@ def untouched(
     "Is a layer as it was made, so that its weights tell all?"
     return _as_made(m, *kinds) and not (global_hooks() or _patched())
 
+# %% ../../nbs/models/10a_fused.ipynb #484e192e
 def layers_of(
     half:nn.Module, # With `norm` and `fn`
 )->list: # `half`, both, and the layers of `fn`; empty if there is anything else
