@@ -94,7 +94,7 @@ class MVit(nn.Module):
         return self.head(self.head_drop(x))
     def set_reversible(self, on=True): pass
 
-CLASSES = dict(ReversibleBlock=Block, ReversibleSequence=Sequence, PreNorm=Norm, AttentionHalf=Norm, MlpHalf=Norm, StreamFusion=Fusion, PooledFusion=Pooled,
+CLASSES = dict(ReversibleBlock=Block, ReversibleSequence=Sequence, PreNorm=Norm, AttentionHalf=Norm, MlpHalf=Norm, PoolingHalf=Norm, StreamFusion=Fusion, PooledFusion=Pooled,
     PatchEmbed=Patches, OverlapPatchEmbed=Overlapping, HeadPool=Pool, PoolingAttention=Pooling, MlpFusion=FuseMlp, MeanFusion=FuseMean,
     StageTransition=Transition, RevViT=Vit, RevMViT=MVit)
 
