@@ -88,6 +88,7 @@ class _Fused(Call):
 
     def done(self): self.kernel.end()
 
+# %% ../nbs/01_engine.ipynb #79ebf590
 def _call(m, name, x, chunk, rows=None, scale=1.):
     "A call of `m`, by its own backward pass where it has one that fits"
     kernel = m.fused(x) if hasattr(type(m), 'fused') else None
@@ -198,6 +199,7 @@ def _stored(m, xs, chunk, exact):
     parted = exact or n>chunk and draws(m, first, xs[0].device)
     return _in_parts(m, xs, chunk, exact) if parted else m(*xs)
 
+# %% ../nbs/01_engine.ipynb #9631f7a6
 class _Half:
     "`m` for the images `rows` and zero for the others"
     def __init__(self, m, rows, scale, chunk, exact):
@@ -363,6 +365,7 @@ class _Block(Function):
             if not any(ctx.needs_input_grad[:2]): t.finish()
         return *(d if u else None for d,u in zip((d1,d2), used)),None,None,None,None,*gf,*gg
 
+# %% ../nbs/01_engine.ipynb #b182e58e
 class _Exit(Function):
     "End of a run: all that is kept"
     @staticmethod
@@ -402,6 +405,7 @@ class _Tail(Function):
             if not any(ctx.needs_input_grad[:2]): ctx.tape.finish()
         return d1,d2,None,None,*gp
 
+# %% ../nbs/01_engine.ipynb #c4ce8b92
 def _tail_back(call, y1, y2, d, needs, start):
     "Gradients of both streams, in new memory, and of the parameters"
     call.prepare(needs)
@@ -530,6 +534,7 @@ def _reverse(self:ReversibleSequence, x1, x2, tail, exact):
             params += [p for _,b in blocks for p in b.parameters()]
     return out
 
+# %% ../nbs/01_engine.ipynb #f7063b43
 @patch
 def _stored_run(self:ReversibleSequence, blocks, x1, x2, exact):
     "`blocks`, with their numbers, by ordinary autograd"
@@ -585,6 +590,7 @@ def forward(self:ReversibleSequence,
     out = self._reverse(*(x.as_subclass(torch.Tensor) for x in (x1,x2)), tail, exact)   # fastai's images, say
     return tuple(o.as_subclass(kind) for o in out) if tail is None else out.as_subclass(kind)
 
+# %% ../nbs/01_engine.ipynb #05c7a212
 @patch
 def inverse(self:ReversibleSequence,
     y1:torch.Tensor, # First output

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_images', 'PatchEmbed', 'PreNorm', 'AttentionHalf', 'attention_half', 'MlpHalf', 'mlp_half', 'StreamFusion',
-           'PooledFusion', 'OverlapPatchEmbed', 'HeadPool', 'PoolingAttention']
+           'PooledFusion', 'OverlapPatchEmbed', 'HeadPool', 'PoolingAttention', 'PoolingHalf']
 
 # %% ../nbs/03_layers.ipynb #245ac78b
 import torch
@@ -15,6 +15,7 @@ from timm.layers import Attention, Mlp, register_notrace_module, to_2tuple
 from timm.layers import PatchEmbed as TimmPatchEmbed
 from .core.replay import recompute
 from .models.fused import FusedAttention, FusedMlp, ORIGINAL, layers_of, product_dtype, untouched
+from .models.fused_pooling import FusedPooling, head_conv, head_kernels
 
 # %% ../nbs/03_layers.ipynb #0d1e898a
 def check_images(
@@ -181,24 +182,21 @@ class HeadPool(nn.Module):
         self.norm = nn.LayerNorm(head_dim, eps=eps)
 
     def forward(self, x):
-        y = self.in_place(x) if untouched(self.conv, nn.Conv2d, nn.Conv3d) else self.folded(x)
+        y = self.in_place(x) if self.as_made() else self.folded(x)
         return self.norm(y.unflatten(-1, (-1, self.head_dim))).flatten(-2)
 
 # %% ../nbs/03_layers.ipynb #f01fca5f
 @patch
+def as_made(self:HeadPool)->bool:
+    "Is `conv` what it was made as?"
+    c,pads = self.conv,tuple(k//2 for k in self.kernel[self.flat:])
+    if not untouched(c, nn.Conv2d, nn.Conv3d) or c.bias is not None or c.weight.shape!=(self.head_dim,1,*self.kernel[self.flat:]): return False
+    return (c.stride,c.padding,c.padding_mode,c.groups)==(self.stride[self.flat:],pads,'zeros',self.head_dim) and set(c.dilation)=={1}
+
+@patch
 def in_place(self:HeadPool, x:torch.Tensor):
     "Convolution of all heads at once, by the weights of `conv`"
-    (reach,*_),(step,*stride),heads = self.kernel,self.stride,x.shape[-1]//self.head_dim
-    T,times,pad = x.shape[1],-(-x.shape[1]//step),reach//2
-    def frames(k): # every frame's product with the k-th slice of the kernel
-        w = (self.conv.weight if self.flat else self.conv.weight[:,:,k]).repeat(heads, 1, 1, 1)
-        y = F.conv2d(x.flatten(0, 1).movedim(-1, 1), w, None, stride, [o//2 for o in self.kernel[1:]], 1, len(w)) # B*T D h w
-        return y.movedim(1, -1).unflatten(0, x.shape[:2])
-    y = frames(pad)[:,::step]
-    for k in (*range(pad), *range(pad+1, reach)):
-        lo,hi = max(0, -(-(pad-k)//step)),min(times, (T-1+pad-k)//step+1) # the times whose k-th frame is not outside
-        if lo<hi: y[:,lo:hi] += frames(k)[:,lo*step+k-pad:(hi-1)*step+k-pad+1:step]
-    return y
+    return head_conv(x, head_kernels(self.conv.weight, x.shape[-1]//self.head_dim), self.stride)
 
 # %% ../nbs/03_layers.ipynb #59123e86
 @patch
@@ -244,3 +242,21 @@ class PoolingAttention(nn.Module):
         q,k,v = (o.flatten(1, 3).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for o in (q,k,v))  # B heads n head_dim
         o = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.)
         return self.proj_drop(self.proj(o.transpose(1, 2).flatten(2).unflatten(1, grid)))               # B t h w dim_out
+
+# %% ../nbs/03_layers.ipynb #f1e17f10
+class PoolingHalf(PreNorm):
+    "LayerNorm, then attention with pooled keys and values"
+    def fused(self,
+        x:torch.Tensor, # A stream that it is about to read
+    ): # What computes it from its weights; `None` where that does not apply
+        "The pass that is written out"
+        modules,a,D = list(self.modules()),self.fn,x.shape[-1]
+        dtype = next((t for o in _POOLING if (t:=product_dtype(modules, o, x)) is not None), None)
+        if dtype is None or x.ndim!=5 or a.qkv.weight.shape!=(3*D,D) or a.proj.weight.shape!=(D,D): return None
+        pools = [a.pool_k,a.pool_v]
+        if not all(o.as_made() and o.head_dim*a.num_heads==D and o.norm.normalized_shape==(o.head_dim,) for o in pools): return None
+        return FusedPooling(self.norm, a.qkv, a.proj, dtype, modules, a.num_heads, pools)
+
+ORIGINAL.update({k:k.forward for k in (PoolingHalf,PoolingAttention,HeadPool)})
+_POOLING = [[PoolingHalf, nn.LayerNorm, PoolingAttention, nn.Linear, nn.Linear, nn.Identity, *2*[HeadPool, conv, nn.LayerNorm],
+             nn.Dropout, nn.Dropout] for conv in (nn.Conv2d,nn.Conv3d)]

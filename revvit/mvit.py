@@ -18,7 +18,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from .core.replay import recompute
 from .engine import ReversibleBlock, ReversibleSequence
-from .layers import OverlapPatchEmbed, PooledFusion, PoolingAttention, PreNorm, StreamFusion, mlp_half
+from .layers import OverlapPatchEmbed, PooledFusion, PoolingAttention, PoolingHalf, PreNorm, StreamFusion, mlp_half
 from .vit import RevViT, _arguments, _cfg, _grid_of, _init_layer, _join_qkv, _our_name, _tuples, _unwrap, drop_path_rates
 
 # %% ../nbs/05_mvit.ipynb #96d64f04
@@ -142,7 +142,7 @@ def mvit_block(
 )->ReversibleBlock:
     "Reversible block of pooling attention and MLP"
     f = PoolingAttention(dim, dim, num_heads, pool_kernel, kv_stride, None, qkv_bias, attn_drop, proj_drop)
-    return ReversibleBlock(PreNorm(dim, f), mlp_half(dim, mlp_ratio, proj_drop), **kwargs)
+    return ReversibleBlock(PoolingHalf(dim, f), mlp_half(dim, mlp_ratio, proj_drop), **kwargs)
 
 # %% ../nbs/05_mvit.ipynb #47c57e2c
 class RevMViT(nn.Module):

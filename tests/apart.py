@@ -66,6 +66,7 @@ class Pooling(nn.Module):
         grid,nh = q.shape[1:-1],self.num_heads
         q,k,v = (o.reshape(len(o), -1, nh, o.shape[-1]//nh).transpose(1, 2) for o in (q,k,v))
         a = (q@k.transpose(-2, -1)/q.shape[-1]**.5).softmax(-1)
+        if self.training and self.attn_drop.p==1: a = a*0 # the one rate at which dropout is no chance
         return self.proj_drop(self.proj((a@v).transpose(1, 2).flatten(2).unflatten(1, grid)))
 
 class FuseMlp(nn.Module):
@@ -93,7 +94,7 @@ class MVit(nn.Module):
         return self.head(self.head_drop(x))
     def set_reversible(self, on=True): pass
 
-CLASSES = dict(ReversibleBlock=Block, ReversibleSequence=Sequence, PreNorm=Norm, AttentionHalf=Norm, MlpHalf=Norm, StreamFusion=Fusion, PooledFusion=Pooled,
+CLASSES = dict(ReversibleBlock=Block, ReversibleSequence=Sequence, PreNorm=Norm, AttentionHalf=Norm, MlpHalf=Norm, PoolingHalf=Norm, StreamFusion=Fusion, PooledFusion=Pooled,
     PatchEmbed=Patches, OverlapPatchEmbed=Overlapping, HeadPool=Pool, PoolingAttention=Pooling, MlpFusion=FuseMlp, MeanFusion=FuseMean,
     StageTransition=Transition, RevViT=Vit, RevMViT=MVit)
 

@@ -159,7 +159,7 @@ def replaced(n):
     if type(o) is nn.Linear: new = n.r.choice([lambda: Linear(o.in_features, o.out_features), lambda: nn.Linear(o.in_features, o.out_features, bias=False), lambda: nn.Sequential(nn.Linear(o.in_features, o.out_features), nn.Tanh())])()
     elif type(o) is nn.LayerNorm: new = n.r.choice([lambda: nn.LayerNorm(o.normalized_shape, eps=.1), lambda: nn.LayerNorm(o.normalized_shape, elementwise_affine=False), lambda: nn.LayerNorm(o.normalized_shape, bias=False), lambda: nn.RMSNorm(o.normalized_shape), nn.Identity])()
     elif type(o) is nn.GELU: new = n.r.choice([lambda: nn.GELU('tanh'), nn.SiLU, nn.Tanh, lambda: nn.ReLU(inplace=True)])()
-    elif type(o) is nn.Dropout: new = n.drop(.3)
+    elif type(o) is nn.Dropout and not k.endswith('attn_drop'): new = n.drop(.3) # of that one attention asks the rate alone
     else: return
     n.say(f'{k} replaced by {type(new).__name__}')
     place(n.model, k, new)

@@ -132,6 +132,7 @@ class Watch(TorchDispatchMode):
             del alive, held, end
         return True
 
+# %% ../../nbs/core/02_replay.ipynb #59965a5f
 _drawing,_quiet = WeakSet(),WeakSet()   # modules that were seen to draw without a layer that says so, or not to
 
 def unknown(
@@ -391,6 +392,7 @@ def _unregistered_tensor(o, known):
         if hasattr(n, 'variable') and id(n.variable) not in known: return n.variable
         todo += [u for u,_ in n.next_functions]
 
+# %% ../../nbs/core/02_replay.ipynb #77053da6
 @patch
 def prepare(self:Call,
     needs, # For each of `params`, whether its gradient is wanted
@@ -410,6 +412,7 @@ def prepare(self:Call,
             self.where.append(i)
     self.lend = partial(Lend, pairs) if pairs else nullcontext
 
+# %% ../../nbs/core/02_replay.ipynb #6fa2e1e9
 @patch
 def vjp(self:Call, i, xs, d, wanted=True):
     "Part `i` once more: its scaled output, and gradients of the inputs and of `params`, for an output gradient `d`"

@@ -77,6 +77,7 @@ class FusedMlp(FusedHalf):
 # %% ../../nbs/models/10a_fused.ipynb #a95a674f
 _FLASH = torch.nn.attention.SDPBackend.FLASH_ATTENTION.value
 
+# %% ../../nbs/models/10a_fused.ipynb #e3cf7a70
 class FusedAttention(FusedHalf):
     "LayerNorm, multi-head self-attention"
     def __init__(self, norm, qkv, proj, dtype, modules,
@@ -152,6 +153,7 @@ def untouched(
     "Is a layer as it was made, so that its weights tell all?"
     return _as_made(m, *kinds) and not (global_hooks() or _patched())
 
+# %% ../../nbs/models/10a_fused.ipynb #484e192e
 def layers_of(
     half:nn.Module, # With `norm` and `fn`
 )->list: # `half`, both, and the layers of `fn`; empty if there is anything else
@@ -170,9 +172,9 @@ def product_dtype(
     if len(modules)!=len(kinds) or function_modes() or global_hooks() or _patched(): return None
     if not all(map(_as_made, modules, kinds)): return None
     if any(o.training and o.p for o in modules if type(o) is nn.Dropout): return None
-    norm,linears = modules[1],[o for o in modules if type(o) is nn.Linear]
-    if any('weight' not in o._parameters for o in (norm,*linears)): return None   # a replica's are no parameters
-    weights = [p for o in (norm,*linears) for p in o._parameters.values() if p is not None]
+    norms,own = [o for o in modules if type(o) is nn.LayerNorm],(nn.LayerNorm, nn.Linear, nn.Conv2d, nn.Conv3d)
+    if any('weight' not in o._parameters for o in modules if type(o) in own): return None   # a replica's are no parameters
+    weights = [p for o in modules for p in o._parameters.values() if p is not None]
     if any(p.dtype!=x.dtype or p.device!=x.device for p in weights) or any(o._buffers for o in modules): return None
-    if norm.bias is None or norm.normalized_shape!=x.shape[-1:]: return None
+    if any(o.bias is None for o in norms) or norms[0].normalized_shape!=x.shape[-1:]: return None
     return amp_dtype(x.device) or x.dtype if x.dtype==torch.float32 else x.dtype
