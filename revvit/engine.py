@@ -501,7 +501,8 @@ _KEPT = 'keep says so'
 
 def _run_stored(block, i, why, xs):
     "A block by ordinary autograd, and once a sentence about what that costs"
-    if block in _told or not torch.is_grad_enabled(): return block(*xs)
+    # under hooks on what is saved, a checkpoint of the user's say, nobody else may put some around it
+    if block in _told or saving_is_hooked() or not torch.is_grad_enabled(): return block(*xs)
     return _say_stored(block, block, f'block {i}', why, *xs)
 
 # %% ../nbs/01_engine.ipynb #57d72067
