@@ -57,7 +57,7 @@ def train(name, folder, steps, autocast, exact):
     "AdamW at the highest rate from the start; the losses, and how many runs were checked"
     torch.manual_seed(0); random.seed(0)
     model,batches,lr = STARTS[name](name, folder)
-    model.set_reversible(True, exact)
+    model.set_reversible(True, exact=exact)
     opt,losses = torch.optim.AdamW(model.parameters(), lr, weight_decay=.05),[]
     for x,y in islice(batches, steps):
         with torch.autocast('cpu', torch.bfloat16, enabled=autocast): z = model(x)

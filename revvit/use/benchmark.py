@@ -527,7 +527,7 @@ _columns = {'step': ('seconds', _span), 'ratio': ('ratio', '{:.2f}'.format),
 
 def table(
     group:dict, # From a record
-)->'pandas.DataFrame': # One row a candidate, its name the index
+): # pandas DataFrame: one row a candidate, its name the index
     "A group's rows as text"
     import pandas as pd
     rows = group['rows']
