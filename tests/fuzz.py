@@ -207,10 +207,12 @@ def instance_forward(n):
 
 @contextlib.contextmanager
 def patched(owner, name, new):
-    old = getattr(owner, name)
+    old,own = getattr(owner, name),name in vars(owner)
     setattr(owner, name, lambda *a, **kw: new(old, *a, **kw))
     try: yield
-    finally: setattr(owner, name, old)
+    finally: # an inherited one must not stay as its own: torch.fx patches the base class
+        if own: setattr(owner, name, old)
+        else: delattr(owner, name)
 @contextlib.contextmanager
 def undone(handle):
     h = handle()
