@@ -300,6 +300,7 @@ class _Tape:
                                "call set_reversible(False)")
         keep,self.task = self.hooked or keeps_graph(),graph_task()
         self.y1,self.y2 = (y.detach().clone() if keep else y.detach() for y in (y1,y2))
+        if self.start is not None and not self.exact: self.start.reach((self.y1,self.y2))
         if self.last: self.fresh[:] = [p for p in self.params if p.is_leaf and p.grad is None]
 
     def clear(self): self.y1 = self.y2 = None

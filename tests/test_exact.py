@@ -171,3 +171,11 @@ def test_a_further_block_keeps_nothing():
         m,xs = vit(depth, 2, 0, torch.float32)
         return saved_bytes(lambda: loss_of(m, xs), m, *xs)
     assert kept(12)-kept(3) <= 9*1000
+
+@pytest.mark.parametrize('exact', [False,True])
+def test_a_sample_dropped_whole_is_no_alarm(exact):
+    "It begins as zero, and what comes back is rounding and nothing else"
+    m,xs = sequence(6, 2, dtype=torch.float32)
+    xs = [x.clone().index_fill_(0, torch.tensor([1]), 0.).requires_grad_() for x in xs]
+    m.set_reversible(True, exact=exact)
+    loss_of(m, xs).backward()

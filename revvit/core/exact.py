@@ -89,10 +89,14 @@ class Start:
     ):
         self.name,self.exact,self.was = name,exact,[_numbers(x, exact) for x in xs]
         dtype = torch.promote_types(xs[0].dtype, torch.float32)
-        norm = partial(torch.linalg.vector_norm, dim=1, dtype=dtype)
-        tiny = torch.finfo(dtype).tiny
-        self.sizes = [] if exact else [norm(x.detach().reshape(len(x), -1)).clamp_min(tiny) for x in xs]
+        self.norm = partial(torch.linalg.vector_norm, dim=1, dtype=dtype)
+        self.sizes = [] if exact else [self.norm(x.detach().reshape(len(x), -1)) for x in xs]
         self.limit = max(torch.finfo(t).eps for t in (xs[0].dtype, amp or xs[0].dtype))**.5   # half of the digits
+
+    def reach(self, ys):
+        "Measure images that began as zero, a sample dropped whole, by what they became"
+        ends = [self.norm(y.detach().reshape(len(y), -1)) for y in ys]
+        self.sizes = [torch.where(s>0, s, e) for s,e in zip(self.sizes, ends)]
 
     def errors(self, xs, rows=slice(None)):
         "How far each image came back from where it was, over what rounding can explain; not finite for what is not"
@@ -101,7 +105,7 @@ class Start:
             now,now_bits = _numbers(x, self.exact)
             gap = (now-was[:,rows]).abs()
             if self.exact: out.append(gap.ne(0).any(0).logical_or(now_bits!=bits[rows]) + 0*now.sum(0))
-            else: out.append(gap.amax(0)/self.sizes[i][rows]/self.limit)
+            else: out.append(gap.amax(0)/self.sizes[i][rows].clamp_min(1e-30)/self.limit)
         return torch.stack(out).amax(0)
 
     def compare(self, e):
