@@ -36,7 +36,7 @@ def test_a_step_waits_for_nothing(make, amp):
 
 @pytest.mark.parametrize('on,exact', [(True,True), (True,False), (False,True), (False,False)], ids=str)
 @pytest.mark.parametrize('make', [STEPS[o] for o in ('sequence','lean','images')], ids=['sequence','lean','images'])
-def test_every_mode(make, on, exact): step(make, torch.bfloat16, change=lambda m: m.set_reversible(on, exact), rate=int(on))
+def test_every_mode(make, on, exact): step(make, torch.bfloat16, change=lambda m: m.set_reversible(on, exact=exact), rate=int(on))
 
 @pytest.mark.parametrize('loss', [cross_entropy, partial(cross_entropy, label_smoothing=.1)], ids=['hard','smooth'])
 def test_losses(loss): step(STEPS['lean'], torch.bfloat16, loss)
