@@ -394,8 +394,8 @@ def revvit_predict(
 ):
     "Name what is in images and videos, with probabilities in percent."
     from revvit.device import out_of_memory
-    from revvit.inference import _answer, _check_amp, _look, class_names
-    _check_amp(amp)
+    from revvit.inference import _answer, check_amp, _look, class_names
+    check_amp(amp)
     if features: _check_out(features)
     m = _model_for(weights, model, classes, device)
     names,code,answers,feats = class_names(m),0,[],{}
@@ -432,8 +432,8 @@ def revvit_test(
     json:bool=False, # Print a JSON dictionary; top1 and top5 in it are from 0 to 1
 ):
     "Measure the accuracy of a model on images or videos: top-1 and top-5 in percent."
-    from revvit.inference import _check_amp, eval_loader, evaluate
-    _check_amp(amp)
+    from revvit.inference import check_amp, eval_loader, evaluate
+    check_amp(amp)
     m = _model_for(weights, model, classes, device)
     dl = eval_loader(m, data, batch_size, min(8, os.cpu_count() or 1) if workers is None else workers, views, root)
     res = evaluate(m, dl, amp=amp)

@@ -15,7 +15,7 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import AvgMetric, Learner
 from fastai.torch_core import num_distrib, rank_distrib, to_detach
-from .training import _bare, _searching
+from .training import _bare, is_searching
 
 # %% ../nbs/09a_distributed.ipynb #481341ec
 def join_group(
@@ -62,7 +62,7 @@ class Distribute(Callback):
     order = -9   # after fastai has put the model on its device and switched it to train()
     wrapped = None
     def before_fit(self):
-        if _searching(self.learn):
+        if is_searching(self.learn):
             raise ValueError("lr_find is for one process: look for the rate without torchrun, then start the run")
         odd = [o.name for o in self.learn.metrics if not isinstance(o, AvgMetric)]
         if odd: raise ValueError(f"{odd[0]} is no mean over items, so its parts in several processes cannot be added up: measure it afterwards, in one process")

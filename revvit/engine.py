@@ -14,7 +14,7 @@ from weakref import WeakSet
 from fastcore.basics import patch
 from torch import nn
 from torch.autograd import Function
-from .coupling import _about, _alike, couple, uncouple
+from .coupling import describe, check_alike, couple, uncouple
 from .core.replay import *
 from .core.exact import *
 from .core.dial import Plan, check_keep, spend, stored_bytes
@@ -582,10 +582,10 @@ def forward(self:ReversibleSequence,
     "Both streams through all blocks"
     for x in (x1,x2):
         if not (isinstance(x, torch.Tensor) and x.ndim and x.is_floating_point()):
-            raise ValueError(f"streams are floating-point tensors with images first, got {_about(x)}")
+            raise ValueError(f"streams are floating-point tensors with images first, got {describe(x)}")
     if tail is not None and not isinstance(tail, nn.Module):
         raise ValueError(f"tail must be a module, got {type(tail).__name__}")
-    _alike(x1, x2)
+    check_alike(x1, x2)
     exact,kind = self._is_exact(x1),type(x1)
     if not self._reverses(x1, x2, tail): return self._store(x1, x2, tail, exact)
     if kind in (torch.Tensor,nn.Parameter): return self._reverse(x1, x2, tail, exact)

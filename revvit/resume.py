@@ -19,7 +19,7 @@ from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
 from .checkpoints import CheckpointError, read_checkpoint, save_checkpoint
 from .distributed import from_first
-from .training import _bare, _scheduler, _searching
+from .training import _bare, _scheduler, is_searching
 
 # %% ../nbs/09c_resume.ipynb #55a8c100
 def _identity(learn):
@@ -86,7 +86,7 @@ class KeepState(Callback):
     ):
         self.folder,self.every,self.keep,self.minutes = Path(folder),every,keep,minutes
         self.pending,self.trained = None,False
-    def before_train(self): self.trained,self.step,self.since = not _searching(self.learn),self._begin(),monotonic()
+    def before_train(self): self.trained,self.step,self.since = not is_searching(self.learn),self._begin(),monotonic()
     def after_batch(self):
         self.step += 1
         if self.trained and self.step<len(self.dls.train) and self._due(): self.save(self.epoch, self.step)
@@ -122,7 +122,7 @@ def _restore(learn, content):
 
 # %% ../nbs/09c_resume.ipynb #df38c49f
 @patch
-def _aside(self:KeepState): return self.learn.lock.locked() or _searching(self.learn)
+def _aside(self:KeepState): return self.learn.lock.locked() or is_searching(self.learn)
 
 @patch
 def before_fit(self:KeepState):
@@ -151,7 +151,7 @@ def after_fit(self:KeepState):
 @patch
 def _begin(self:KeepState):
     "The batch to begin this epoch with"
-    if _searching(self.learn): return 0
+    if is_searching(self.learn): return 0
     t,self.pending = self.pending,None
     if t and t['step']: self.learn.pct_train = t['pct_train']
     return t['step'] if t else 0

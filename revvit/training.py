@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['recipes', 'imagenet_cfg', 'kinetics_cfg', 'Recipe', 'recipe_model', 'recipe_dls', 'warmup_cosine', 'Schedule',
-           'SeedRun', 'MixLoss', 'MixBatches', 'WeightAverage', 'NonFiniteError', 'StopOnNonFinite', 'SaveCheckpoint',
-           'write_text', 'RunLog', 'PlainLog', 'set_amp', 'record_run', 'learner', 'plot_history']
+           'SeedRun', 'MixLoss', 'MixBatches', 'WeightAverage', 'is_searching', 'NonFiniteError', 'StopOnNonFinite',
+           'SaveCheckpoint', 'write_text', 'RunLog', 'PlainLog', 'set_amp', 'record_run', 'learner', 'plot_history']
 
 # %% ../nbs/09_training.ipynb #21a5c705
 import math, sys, warnings
@@ -236,17 +236,17 @@ class WeightAverage(Callback):
     ): self.decay,self.trained = decay,None
     def before_fit(self):
         # before fastai keeps the weights
-        if self.trained is not None and _searching(self.learn): self.learn.model = self.trained
+        if self.trained is not None and is_searching(self.learn): self.learn.model = self.trained
     def before_train(self):
-        if _searching(self.learn): return
+        if is_searching(self.learn): return
         if self.trained is None: self.trained,self.ema = self.model,ModelEmaV3(self.model, self.decay, use_warmup=True)
         self.learn.model = self.trained
     def after_step(self):
-        if not _searching(self.learn): self.ema.update(self.trained, self.train_iter+1)
+        if not is_searching(self.learn): self.ema.update(self.trained, self.train_iter+1)
     def before_validate(self):
-        if self.trained is not None and not _searching(self.learn): self.learn.model = self.ema.module
+        if self.trained is not None and not is_searching(self.learn): self.learn.model = self.ema.module
 
-def _searching(learn): return hasattr(learn, 'lr_finder')   # a mock training, whose weights fastai throws away
+def is_searching(learn): return hasattr(learn, 'lr_finder')   # a mock training, whose weights fastai throws away
 
 # %% ../nbs/09_training.ipynb #06268ff0
 class NonFiniteError(FloatingPointError):
@@ -273,7 +273,7 @@ class StopOnNonFinite(Callback):
     ): self.clip = clip
     def after_loss(self):
         if torch.isfinite(self.loss.detach()).all(): return
-        if _searching(self.learn): raise CancelFitException()
+        if is_searching(self.learn): raise CancelFitException()
         ins = [(f'{k} {i}', t) for k,ts in (('input',self.xb), ('target',self.yb)) for i,t in enumerate(ts) if torch.is_tensor(t)]
         params = [(f'parameter {n}', p) for n,p in _bare(self.model).named_parameters()]
         self._stop(_first_bad([*ins, *params, ('output of the model', self.pred), ('loss', self.loss)]))
@@ -281,7 +281,7 @@ class StopOnNonFinite(Callback):
         named = [(n,p) for n,p in _bare(self.model).named_parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for _,p in named])   # one for the check and for the limit
         if not torch.isfinite(norm):
-            if _searching(self.learn): raise CancelFitException()
+            if is_searching(self.learn): raise CancelFitException()
             if bad := _first_bad([(f'gradient of {n}', p.grad) for n,p in named]): self._stop(bad)
         if self.clip: torch.nn.utils.clip_grads_with_norm_([p for _,p in named], self.clip, norm)
     def _stop(self, what):
@@ -296,7 +296,7 @@ class SaveCheckpoint(Callback):
         path:str|Path, # File, replaced each time
         **kwargs, # Passed to `save_checkpoint`: what the file says beside the weights
     ): self.path,self.kwargs,self.trained = Path(path),kwargs,False
-    def before_train(self): self.trained = not _searching(self.learn)
+    def before_train(self): self.trained = not is_searching(self.learn)
     def after_epoch(self):
         if self.trained: save_checkpoint(self.model, self.path, **self.kwargs)   # `get_preds` and `validate` also end an epoch
         self.trained = False
@@ -322,7 +322,7 @@ class RunLog(Callback):
     def __init__(self): self.rows,self.trained = [],False
     def before_fit(self): self.fresh = True
     def before_train(self):
-        if _searching(self.learn): return
+        if is_searching(self.learn): return
         if self.fresh: self.rows,self.fresh = [],False
         self.trained = True
     def after_epoch(self):
@@ -367,7 +367,7 @@ def _left(self:PlainLog):
 
 @patch
 def after_batch(self:PlainLog):
-    if not self.plain or not self.training or _searching(self.learn): return
+    if not self.plain or not self.training or is_searching(self.learn): return
     x,n = self.xb[0],len(self.dls.train)
     self.items += len(x)*max(1, num_distrib())
     if n<=self.every or self.train_iter%self.every: return

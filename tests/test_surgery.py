@@ -422,7 +422,7 @@ def test_08_what_is_kept_stays_what_it_was(net, path, how, when):
         loss.backward()
         if when=='after backward': named = {f'output {i}':o.detach().clone() for i,o in enumerate(kept)}
         return {**named, **{n:p.grad for n,p in m.named_parameters()}}
-    right(judge(lambda: side(False), lambda: side(True)))
+    right(judge(lambda: side(False), lambda: side(True), kept_in_loss=when=='in the loss'))
 
 # ---------------------------------------------------------------- 9: None where plain autograd gives None
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
-from ..coupling import _about, _checked
+from ..coupling import describe, call_checked
 from .exact import Start, self_check
 
 # %% ../../nbs/core/02_replay.ipynb #33194389
@@ -353,7 +353,7 @@ def listened_to(
 def run(self:Call, xs, rows):
     "The module's output for the images `rows`, before it is scaled"
     parts,n = take(xs, rows)
-    with self.autocast(): o = _checked(self.m, parts[0], self.name) if len(parts)==1 else self.m(*parts)
+    with self.autocast(): o = call_checked(self.m, parts[0], self.name) if len(parts)==1 else self.m(*parts)
     return o if n else o[:0]
 
 @patch
