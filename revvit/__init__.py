@@ -9,15 +9,37 @@ def _interrupted(*_):
     _os.write(2, f"{_command}: interrupted\n".encode())
     _os._exit(130)
 
-# only in the first process of a command, which takes Python's handler back when it begins (`revvit.cli.command`)
+# only in the first process of a command, which takes Python's handler back when it begins (`revvit.use.cli.command`)
 _process = _sys.modules.get('multiprocessing.process')
 _first = _process is None or _process.parent_process() is None
 if _command.startswith('revvit_') and _first and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
     _signal.signal(_signal.SIGINT, _interrupted)
 
-from .coupling import *
-from .engine import *
-from .vit import *  # registers the models with timm
-from .mvit import *
-from .checkpoints import *
-from .inference import *
+from .core.coupling import couple, uncouple
+from .core.dial import Plan
+from .core.engine import ReversibleBlock, ReversibleSequence, chunk_size
+from .core.exact import self_check, set_self_check
+from .models.vit import RevViT   # registers its models with timm, as does the next
+from .models.mvit import MeanFusion, MlpFusion, RevMViT, StageTransition
+from .models.checkpoints import (CheckpointError, LoadReport, input_settings, load_checkpoint, load_model,
+                                 read_checkpoint, save_checkpoint)
+
+# what needs fastai, or reads data, is imported where it is first used
+_later = {'revvit.core.testing': ('check_directional', 'check_grads', 'check_inverse', 'drift', 'live_bytes', 'peak_bytes',
+                                  'per_image', 'saved_bytes'),
+          'revvit.data.images': ('digits_dls', 'image_dls', 'shard_dls'),
+          'revvit.data.clips': ('clip_dls', 'moving_digits_dls'),
+          'revvit.training.learner': ('Recipe', 'learner', 'plot_history', 'recipe_dls', 'recipe_model', 'recipes', 'record_run'),
+          'revvit.training.distributed': ('distribute', 'join_group', 'leave_group'),
+          'revvit.training.resume': ('keep_state',),
+          'revvit.use.inference': ('class_names', 'eval_loader', 'evaluate', 'extract_feat', 'get_model', 'inference_model')}
+_home = {name: module for module,names in _later.items() for name in names}
+
+def __getattr__(name):
+    if name not in _home: raise AttributeError(f"module 'revvit' has no attribute {name!r}")
+    from importlib import import_module
+    return getattr(import_module(_home[name]), name)
+
+__all__ = [o for o in globals() if not o.startswith('_') and o not in ('core', 'models')] + list(_home)
+
+def __dir__(): return sorted({*globals(), *_home})

@@ -6,10 +6,10 @@ from functools import partial
 import numpy as np, pytest, torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from revvit.engine import ReversibleBlock, ReversibleSequence
-from revvit.mvit import RevMViT
-from revvit.testing import weighted_sum
-from revvit.vit import RevViT
+from revvit.core.engine import ReversibleBlock, ReversibleSequence
+from revvit.models.mvit import RevMViT
+from revvit.core.testing import weighted_sum
+from revvit.models.vit import RevViT
 
 torch.set_num_threads(1)
 DEVICE = torch.device(os.environ.get('REVVIT_DEVICE', 'cpu'))   # where all of them compute

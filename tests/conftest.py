@@ -5,6 +5,6 @@ import pytest
 
 def pytest_configure(config):
     if not (name := os.environ.get('REVVIT_DEVICE')): return
-    from revvit.device import pick_device
+    from revvit.core.device import pick_device
     try: pick_device(name)
     except ValueError as e: raise pytest.UsageError(f"REVVIT_DEVICE={name}: {e}")

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
-from revvit import engine
+from revvit.core import engine
 from revvit.models import fused
 
 class Waits(RuntimeError): "The host would wait for the device"

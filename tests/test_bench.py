@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest, torch
-from revvit import cli
+from revvit.use import cli
 from revvit.use import benchmark as bench
 from revvit.use.benchmark import Candidate, Group
 
@@ -275,7 +275,7 @@ def test_ctrl_c_leaves_the_finished_groups(finished, here, tmp_path, monkeypatch
 def test_a_process_of_its_own_says_nothing_else(tmp_path):
     "The profiler would report on the error stream whenever it starts; and the benchmark is imported when it is asked for"
     line = ['--models', 'revvit_tiny_patch16_224', '--depths', '1', '--batch-sizes', '1', '--rivals', 'eager', '--settings', 'stored', '--device', 'cpu']
-    code = 'import sys; from revvit.cli import revvit_bench; assert "revvit.use.benchmark" not in sys.modules; sys.exit(revvit_bench())'
+    code = 'import sys; from revvit.use.cli import revvit_bench; assert "revvit.use.benchmark" not in sys.modules; sys.exit(revvit_bench())'
     r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, *line], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (r.returncode, r.stderr) == (0, ''), r.stderr
     (path,) = tmp_path.iterdir()

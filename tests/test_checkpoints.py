@@ -11,10 +11,10 @@ import timm
 import torch
 import revvit
 from timm.models import save_for_hf
-from revvit.checkpoints import CheckpointError, _seal, _write, input_settings, load_checkpoint, load_model, read_checkpoint, save_checkpoint
-from revvit.inference import get_model
-from revvit.mvit import RevMViT
-from revvit.vit import RevViT
+from revvit.models.checkpoints import CheckpointError, _seal, _write, input_settings, load_checkpoint, load_model, read_checkpoint, save_checkpoint
+from revvit.use.inference import get_model
+from revvit.models.mvit import RevMViT
+from revvit.models.vit import RevViT
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 reference = Path(__file__).parent/'reference'

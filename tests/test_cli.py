@@ -9,11 +9,11 @@ import timm
 import torch
 from PIL import Image
 import revvit
-from revvit import cli
-from revvit.checkpoints import load_model, read_checkpoint, save_checkpoint
-from revvit.images import ImageTransform, digits, hold_out
-from revvit.inference import _recognise
-from revvit.videos import ClipTransform
+from revvit.use import cli
+from revvit.models.checkpoints import load_model, read_checkpoint, save_checkpoint
+from revvit.data.images import ImageTransform, digits, hold_out
+from revvit.use.inference import _recognise
+from revvit.data.clips import ClipTransform
 
 def script(name):
     "The command as installed beside this Python"
@@ -397,8 +397,8 @@ def test_spoilt_training_stops(work, tmp_path, here):
 _small_room = """
 import resource, sys
 from pathlib import Path
-from revvit import cli
-import fastai.vision.all, revvit.training, revvit.resume, revvit.videos, revvit.distributed, matplotlib.figure
+from revvit.use import cli
+import fastai.vision.all, revvit.training.learner, revvit.training.resume, revvit.data.clips, revvit.training.distributed, matplotlib.figure
 name,mb,*args = sys.argv[1:]
 now = int(Path('/proc/self/statm').read_text().split()[0])*resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now+int(mb)*2**20,)*2)
@@ -461,7 +461,7 @@ def test_memory_that_runs_out_elsewhere(name, kind, zoo, tmp_path, here, monkeyp
 
 def test_memory_that_runs_out_is_no_bad_file(zoo, tmp_path, monkeypatch):
     "A picture is not counted as unreadable because there was no room for it"
-    from revvit.images import open_image
+    from revvit.data.images import open_image
     monkeypatch.setattr(Image.Image, 'convert', lambda *args: _fails(MemoryError()))
     Image.new('L', (8, 8)).save(tmp_path/'grey.png')
     with pytest.raises(MemoryError): open_image(tmp_path/'grey.png')
@@ -478,7 +478,9 @@ def test_a_device_that_is_not_there(name, args, device, zoo, here):
 
 def test_all_pick_the_same_device(zoo, monkeypatch):
     "On a machine with nothing but Apple's GPU (pretended); loaders, commands and models ask one function, and none picks for itself"
-    from revvit import device, images, inference, videos
+    from revvit.core import device
+    from revvit.data import clips as videos, images
+    from revvit.use import inference
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
     went = []
@@ -514,7 +516,7 @@ def test_no_float64_on_the_device(kind, zoo, tmp_path, here):
 def small(recipe, folder, zoo, monkeypatch):
     "A published recipe with a narrow model, and two files a class to train and to test it in `folder`"
     from dataclasses import replace
-    from revvit.training import recipes
+    from revvit.training.learner import recipes
     r = recipes[recipe]
     clip,frames = r.data == 'clips',(4,) if r.data == 'clips' else ()
     args = dict(embed_dim=24, num_heads=2, depth=2) if 'revvit' in r.model else dict(embed_dim=8, depth=4, stage_starts=(2,))
@@ -592,7 +594,7 @@ def test_addresses_are_not_read(address, zoo, tmp_path, here):
     ('revvit_predict', 'noise.png --weights odd.pth', '--model'), ('revvit_predict', 'noise.png --model revvit_tiny_patch16_224', '--weights'), ('revvit_test', '--data . --batch-size 0', '--batch-size'), ('revvit_test', '--data . --workers -1', '--workers')], ids=str)
 def test_messages_name_flags(name, args, flag, zoo, tmp_path, here):
     "What a command says is in the words of the command line, and nothing was begun"
-    from revvit.training import recipe_model, recipes
+    from revvit.training.learner import recipe_model, recipes
     save_checkpoint(recipe_model(recipes['digits'], 7), tmp_path/'seven.pth')
     save_checkpoint(timm.create_model('revvit_tiny_patch16_224', **{**recipes['digits'].model_args, 'in_chans': 1, 'img_size': 32, 'num_classes': 10}), tmp_path/'large.pth')
     torch.save(timm.create_model('revvit_tiny_patch16_224', embed_dim=24, num_heads=2, depth=3).state_dict(), tmp_path/'odd.pth')
@@ -643,6 +645,6 @@ def test_a_reader_that_leaves(name, args, work, tmp_path):
 
 def test_importing_revvit_is_light(tmp_path):
     "fastai, matplotlib and scikit-learn are loaded by those who train, not by those who only want a model"
-    code = "import sys, revvit, revvit.cli; print([o for o in ('fastai', 'matplotlib', 'sklearn', 'pandas') if o in sys.modules])"
+    code = "import sys, revvit, revvit.use.cli; print([o for o in ('fastai', 'matplotlib', 'sklearn', 'pandas') if o in sys.modules])"
     r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert r.stdout == '[]\n', r.stdout + r.stderr

@@ -7,19 +7,19 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest, torch
-import revvit.resume
+import revvit.training.resume
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from fastai.vision.all import Callback
-from revvit.distributed import distribute, join_group, leave_group
-from revvit.engine import ReversibleBlock, ReversibleSequence
-from revvit.images import digits_dls
-from revvit.mvit import RevMViT
-from revvit.resume import keep_state, states
-from revvit.testing import saved_bytes
-from revvit.training import NonFiniteError, learner, recipes
-from revvit.vit import RevViT
+from revvit.training.distributed import distribute, join_group, leave_group
+from revvit.core.engine import ReversibleBlock, ReversibleSequence
+from revvit.data.images import digits_dls
+from revvit.models.mvit import RevMViT
+from revvit.training.resume import keep_state, states
+from revvit.core.testing import saved_bytes
+from revvit.training.learner import NonFiniteError, learner, recipes
+from revvit.models.vit import RevViT
 
 # ---------------------------------------------------------------- what each process does
 
@@ -122,7 +122,7 @@ def fit(out, *cbs, **when):
 
 def resumed(out, **when):
     "Do a run in one piece and one in two end with the same bits, here and in the other process?"
-    with patch('revvit.distributed.DistributedDataParallel', wraps=DistributedDataParallel) as ddp: straight = fit(out/'straight')
+    with patch('revvit.training.distributed.DistributedDataParallel', wraps=DistributedDataParallel) as ddp: straight = fit(out/'straight')
     fit(out/'broken', Stop(), **when)
     dist.barrier()
     sent,send = [],dist.broadcast_object_list
@@ -148,7 +148,7 @@ def main(what, out):
         found = {f'{test.__name__} {kind} {name}': e for kind in KINDS for test in (ddp, fsdp) for name,e in test(kind, alone(kind))}
         found |= {f'kept {kind} {name}': o for kind in KINDS for name,o in kept(kind)}
         found['resume'] = resumed(out)
-        if dist.get_rank(): revvit.resume.monotonic = lambda: 0. # a clock that stands still; it is not looked at
+        if dist.get_rank(): revvit.training.resume.monotonic = lambda: 0. # a clock that stands still; it is not looked at
         found['minutes'] = resumed(out/'minutes', minutes=1e-5)
         if not dist.get_rank(): (out/'found.json').write_text(json.dumps(found))
     finally: leave_group()

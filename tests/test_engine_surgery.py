@@ -7,9 +7,9 @@ import pytest, torch
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
-from revvit.engine import ReversibleBlock, ReversibleSequence, chunk_size
-from revvit.layers import MlpHalf
-from revvit.testing import check_grads, check_inverse, weighted_sum
+from revvit.core.engine import ReversibleBlock, ReversibleSequence, chunk_size
+from revvit.models.layers import MlpHalf
+from revvit.core.testing import check_grads, check_inverse, weighted_sum
 from cases import *
 
 

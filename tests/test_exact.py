@@ -8,7 +8,7 @@ import pytest, torch
 from torch import nn
 from revvit.core.dial import spend
 from revvit.core.exact import set_self_check
-from revvit.testing import peak_bytes, per_image, saved_bytes, weighted_sum
+from revvit.core.testing import peak_bytes, per_image, saved_bytes, weighted_sum
 from cases import *
 
 AMP = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}

@@ -9,10 +9,10 @@ import pytest, torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from revvit.core.exact import hear
-from revvit.device import pick_device
-from revvit.images import digits_dls
-from revvit.testing import peak_bytes, per_image
-from revvit.training import learner, recipes
+from revvit.core.device import pick_device
+from revvit.data.images import digits_dls
+from revvit.core.testing import peak_bytes, per_image
+from revvit.training.learner import learner, recipes
 from cases import *
 
 CUDA = DEVICE.type=='cuda'

@@ -15,8 +15,8 @@ notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoin
 numbered = [p for p in notebooks if re.match(r'\d\d[a-z]?_', p.name)]
 stem = lambda p: p.stem.split('_', 1)[1]
 dotted = lambda p, top: '.'.join([*p.parent.relative_to(top).parts, stem(p) if p.suffix == '.ipynb' else p.stem])
-# The coupling, the core, what models are made of, the rest, what people run; 09b_inference stands between 09_training and 10_benchmark
-reading = sorted(numbered, key=lambda p: (p.name != '00_coupling.ipynb', ['core','models','nbs','use'].index(p.parent.name), p.name))
+wings = ['core','data','models','training','use'] # from the ground up
+reading = sorted(numbered, key=lambda p: (wings.index(p.parent.name), p.name))
 order = [dotted(p, root/'nbs') for p in reading]
 modules = [p for p in sorted((root/'revvit').rglob('*.py')) if not p.name.startswith('_')]
 name = lambda p: p.relative_to(root).as_posix()
@@ -61,9 +61,15 @@ def test_imports_only_lower_numbers(path):
     "Reading order is import order: a module uses only modules that a reader has already met"
     tree = ast.parse(path.read_text(encoding='utf8'))
     here = path.relative_to(root).parts
-    froms = [o for o in ast.walk(tree) if isinstance(o, ast.ImportFrom) and o.level]
-    used = ['.'.join([*here[1:len(here)-o.level], *([o.module] if o.module else [])]) for o in froms]
-    later = [o for o in used if o and order.index(o) >= order.index(dotted(path, root/'revvit'))]
+    used = []
+    for o in ast.walk(tree): # those inside functions too
+        if isinstance(o, ast.Import): used += [a.name.removeprefix('revvit.') for a in o.names if a.name.startswith('revvit.')]
+        if not isinstance(o, ast.ImportFrom): continue
+        path_of = '.'.join([*here[1:len(here)-o.level], *([o.module] if o.module else [])]) if o.level else o.module
+        if not o.level and path_of.split('.')[0] != 'revvit': continue
+        path_of = path_of.removeprefix('revvit').strip('.')
+        used += [path_of] if path_of in order else [f'{path_of}.{a.name}'.strip('.') for a in o.names]
+    later = [o for o in used if o not in order or order.index(o) >= order.index(dotted(path, root/'revvit'))]
     assert not later, f'{path.name} imports {later}'
 
 @pytest.mark.parametrize('path', notebooks, ids=name)

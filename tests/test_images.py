@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
-from revvit.inference import folder_items
-from revvit.images import EpochDL, ImageTransform, UnreadableFile, digits_dls, image_dls, image_files, open_image, rand_augs, shard_dls
+from revvit.use.inference import folder_items
+from revvit.data.images import EpochDL, ImageTransform, UnreadableFile, digits_dls, image_dls, image_files, open_image, rand_augs, shard_dls
 
 cfg = dict(input_size=(3,32,32), mean=(.485,.456,.406), std=(.229,.224,.225), interpolation='bicubic', crop_pct=.875)
 full = dict(rand_aug=rand_augs['rev_vit_b'])
@@ -257,7 +257,7 @@ def test_R39_a_killed_worker_is_noticed(folder, how):
 epochs_script = """
 import sys, torch, hashlib, random, warnings
 warnings.filterwarnings('ignore')
-from revvit.images import image_dls, rand_augs
+from revvit.data.images import image_dls, rand_augs
 path,workers,epoch,batch = sys.argv[1],*map(int, sys.argv[2:])
 random.seed(workers+7); torch.manual_seed(workers)
 dl = image_dls(path, dict(input_size=(3,32,32), mean=(.485,.456,.406), std=(.229,.224,.225), interpolation='bicubic', crop_pct=.875), bs=4, workers=workers, seed=1,

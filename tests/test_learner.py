@@ -6,9 +6,9 @@ from unittest import mock
 
 import numpy as np, pytest, torch
 from fastai.vision.all import Callback, CancelFitException, GradientClip
-from revvit.images import digits_dls
-from revvit.resume import keep_state, states
-from revvit.training import learner, recipes
+from revvit.data.images import digits_dls
+from revvit.training.resume import keep_state, states
+from revvit.training.learner import learner, recipes
 from test_resume import command
 from test_training import same, small, spawn, wait
 
@@ -181,7 +181,7 @@ def test_one_norm_a_step_for_the_check_and_the_limit():
 def test_a_fused_optimizer_resumes_to_the_bit(before, after, tmp_path):
     "A state goes on with the kind of AdamW that wrote it, also where the learner would take the other: old states, another device"
     def run(kind, folder, *cbs, **kw):
-        with mock.patch('revvit.training._fused', lambda device: kind): learn = keep_state(make(out=folder), **kw)
+        with mock.patch('revvit.training.learner._fused', lambda device: kind): learn = keep_state(make(out=folder), **kw)
         learn.add_cbs(cbs)
         try: quiet(learn, 'fit', 2)
         except KeyboardInterrupt: pass
@@ -197,5 +197,5 @@ def test_a_fused_optimizer_resumes_to_the_bit(before, after, tmp_path):
     assert all(map(torch.equal, straight.model.state_dict().values(), again.model.state_dict().values()))
 
 def test_adamw_is_fused_on_a_gpu():
-    from revvit.training import _fused
+    from revvit.training.learner import _fused
     assert [_fused(o) for o in ('cuda', torch.device('cuda:1'), 'cpu', 'mps', None)] == [True, True, None, None, None]

@@ -9,7 +9,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 from torch.testing import assert_close
 import revvit
-from revvit.testing import check_grads, saved_bytes
+from revvit.core.testing import check_grads, saved_bytes
 
 torch.set_num_threads(1)
 names = timm.list_models('*rev*vit*')
@@ -263,7 +263,7 @@ def test_the_patch_embedding_can_be_wrapped(name, wrap):
 @every
 def test_a_model_can_be_built_under_a_debugger(name, writes):
     "One that looks at local variables at every line, and one that keeps notes among them; the constructor's arguments are what they are"
-    notes,codes = [], {o.__init__.__code__ for o in (revvit.vit.RevViT, revvit.mvit.RevMViT)}
+    notes,codes = [], {o.__init__.__code__ for o in (revvit.models.vit.RevViT, revvit.models.mvit.RevMViT)}
     def look(frame, event, arg):
         inside = frame.f_code in codes
         if not inside and not (frame.f_back and frame.f_back.f_code in codes): return

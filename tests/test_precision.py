@@ -1,8 +1,8 @@
 "Mixed precision where nothing is trained: what is computed in it, and what is refused"
 import pytest, torch
-from revvit import cli
-from revvit.inference import evaluate
-from revvit.vit import RevViT
+from revvit.use import cli
+from revvit.use.inference import evaluate
+from revvit.models.vit import RevViT
 
 def model():
     torch.manual_seed(0)

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from revvit.engine import ReversibleBlock
-from revvit.testing import check_directional, check_grads, drift, live_bytes, peak_bytes, saved_bytes, weighted_sum
+from revvit.core.engine import ReversibleBlock
+from revvit.core.testing import check_directional, check_grads, drift, live_bytes, peak_bytes, saved_bytes, weighted_sum
 from cases import *
 
 # ---------------------------------------------------------------- the gradient core: R1 to R19
@@ -91,7 +91,7 @@ def train(m, xs, opt, on, steps=20):
 
 @fewer
 def test_R06_training_repeats_to_the_bit_and_follows_plain(make):
-    "20 steps with shuffling, dropout and drop path in float32 (two loading processes: notebook 09_training)"
+    "20 steps with shuffling, dropout and drop path in float32 (two loading processes: notebook 32_learner)"
     m,xs = make(dtype=torch.float32, b=40)
     adamw,sgd = partial(torch.optim.AdamW, lr=1e-3),partial(torch.optim.SGD, lr=1e-2, momentum=.9)
     first = train(m, xs, adamw, True)
@@ -597,7 +597,7 @@ def test_R25_streams_that_differ_are_refused(change, words):
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
 @both
 def test_R26_one_bad_sample_leaves_the_others_as_they_were_to_the_bit(make, bad):
-    "In training and evaluation, with and without gradients (a training run that stops by name: notebook 09_training)"
+    "In training and evaluation, with and without gradients (a training run that stops by name: notebook 32_learner)"
     m,xs = make(dtype=torch.float32)
     spoilt = [x.clone() for x in xs]
     for x in spoilt: x[2] = bad

@@ -6,10 +6,10 @@ from unittest.mock import patch
 
 import pytest, torch
 from fastai.vision.all import Callback, defaults
-from revvit import cli
-from revvit.checkpoints import load_model
-from revvit.resume import states
-from revvit.training import recipes
+from revvit.use import cli
+from revvit.models.checkpoints import load_model
+from revvit.training.resume import states
+from revvit.training.learner import recipes
 from test_training import end_of, same, small, spawn, wait
 
 torch.set_num_threads(1)

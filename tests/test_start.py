@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn.functional import interpolate
 from torch.nn.utils import get_total_norm
 from timm.layers import DropPath
-from revvit.checkpoints import input_settings
-from revvit.images import train_tfm
-from revvit.training import learner, recipe_dls, recipe_model, recipes
-from revvit.videos import ClipAugment, ClipTransform, TrainClips
+from revvit.models.checkpoints import input_settings
+from revvit.data.images import train_tfm
+from revvit.training.learner import learner, recipe_dls, recipe_model, recipes
+from revvit.data.clips import ClipAugment, ClipTransform, TrainClips
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings('ignore')

@@ -4,8 +4,8 @@ import re, types, warnings
 
 import pytest, torch
 from torch.utils.checkpoint import checkpoint
-from revvit.engine import ReversibleBlock
-from revvit.testing import saved_bytes
+from revvit.core.engine import ReversibleBlock
+from revvit.core.testing import saved_bytes
 from cases import *
 
 def _hook(b): b.register_forward_hook(lambda *o: None)

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules import module as hooks
 from torch.nn.utils import parametrize, prune
-from revvit import engine
-from revvit.engine import ReversibleBlock, ReversibleSequence
+from revvit.core import engine
+from revvit.core.engine import ReversibleBlock, ReversibleSequence
 from apart import Book, Drop, apart, distance, gradients, judge, ours, survivors, tensors, weighted
 from cases import CASES, clip, mlp, mvit, sequence, stack, streams, tailed, vit
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import av, numpy as np, pytest, torch
 from PIL import Image
 from fastai.vision.all import Callback
-from revvit.checkpoints import load_model, read_checkpoint
-from revvit.images import digits_dls
-from revvit.resume import keep_state, states
-from revvit.training import learner, recipe_dls, recipes
+from revvit.models.checkpoints import load_model, read_checkpoint
+from revvit.data.images import digits_dls
+from revvit.training.resume import keep_state, states
+from revvit.training.learner import learner, recipe_dls, recipes
 
 torch.set_num_threads(1)
 pytestmark = [pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork'), pytest.mark.filterwarnings('ignore')]

@@ -38,7 +38,7 @@ def write_data(folder):
     code = small_models + '''
 from pathlib import Path
 import numpy as np
-from revvit.videos import _write_mp4
+from revvit.data.clips import _write_mp4
 Path('videos').mkdir()
 for part,n in (('train',8), ('val',2)):
     for i in range(n): _write_mp4(Path(f'videos/{part}{i}.mp4'), np.full((6,32,32), 30*i, np.uint8))
@@ -74,7 +74,7 @@ short = '''
 import torch
 torch.set_num_threads(1)
 from fastai.vision.all import CancelTrainException, Callback, Learner
-import revvit.images, revvit.videos
+import revvit.data.images, revvit.data.clips
 class Few(Callback):
     "Two steps an epoch"
     order = 70
@@ -85,8 +85,8 @@ def short_init(self, *args, **kwargs):
     init(self, *args, **kwargs)
     self.add_cb(Few())
 Learner.__init__ = short_init
-hold_out = revvit.images.hold_out
-revvit.images.hold_out = lambda labels, per_class, seed=0: hold_out(labels, min(per_class, 4), seed)   # not that of the videos, which is bound already
+hold_out = revvit.data.images.hold_out
+revvit.data.images.hold_out = lambda labels, per_class, seed=0: hold_out(labels, min(per_class, 4), seed)   # not that of the videos, which is bound already
 '''
 
 @pytest.mark.parametrize('path', [o for o in tutorials if o.stem in ('fine_tune_images','train_clips')], ids=name)

@@ -7,10 +7,10 @@ from pathlib import Path
 import av, numpy as np, pytest, torch
 from av.bitstream import BitStreamFilterContext
 from PIL import Image
-from revvit import videos
-from revvit.images import UnreadableFile, digits
-from revvit.inference import folder_items
-from revvit.videos import ClipTransform, Video, clip_dls, clip_files, clip_indices, directions, is_video, moving_digits, moving_digits_dls, read_clip_list
+from revvit.data import clips as videos
+from revvit.data.images import UnreadableFile, digits
+from revvit.use.inference import folder_items
+from revvit.data.clips import ClipTransform, Video, clip_dls, clip_files, clip_indices, directions, is_video, moving_digits, moving_digits_dls, read_clip_list
 
 torch.set_num_threads(1)
 NTSC = Fraction(30000, 1001)

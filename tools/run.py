@@ -1,4 +1,4 @@
-"""Run one notebook in its folder and store what it shows: `python tools/run.py nbs/00_coupling.ipynb`.
+"""Run one notebook in its folder and store what it shows: `python tools/run.py nbs/core/00_coupling.ipynb`.
 Slow cells run too; cells marked notest, and cuda where there is no GPU, keep the output they have.
 Stops at the first error and then writes nothing."""
 import sys

@@ -115,7 +115,7 @@ class Start:
 
 # %% ../../nbs/core/01_exact.ipynb #735c49bd
 _REASONS = ("a state, mode or context that changed, a kernel that does not repeat itself, or rounding errors that grew, "
-            "which revvit.testing.drift measures block by block")
+            "which revvit.core.testing.drift measures block by block")
 
 def _message(self, e):
     "A sentence, if an image came back as another one"

@@ -18,7 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
-from ..coupling import describe, call_checked
+from .coupling import describe, call_checked
 from .exact import Start, self_check
 
 # %% ../../nbs/core/02_replay.ipynb #33194389

@@ -20,8 +20,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 import revvit
-from ..device import out_of_memory
-from ..testing import live_bytes, peak_bytes
+from ..core.device import out_of_memory
+from ..core.testing import live_bytes, peak_bytes
 
 # %% ../../nbs/use/42_benchmark.ipynb #2cb227e0
 @dataclass(frozen=True)
