@@ -39,9 +39,9 @@ def test_console_script(script):
     module,function = target.split(':')
     assert callable(getattr(import_module(module), function)), command
 
-@pytest.mark.parametrize('tool', [['check.py'], ['readme.py', '--check']], ids=' '.join)
+@pytest.mark.parametrize('tool', [['check.py'], ['readme.py', '--check'], ['imports.py', '--check']], ids=' '.join)
 def test_generated_files_agree(tool):
-    "Modules come from notebooks and README.md from the index: nobody edited only one of the two"
+    "Modules come from notebooks, README.md from the index, the picture of the imports from the modules"
     run = subprocess.run([sys.executable, *tool], cwd=root/'tools', capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
