@@ -25,14 +25,16 @@ from .models.checkpoints import (CheckpointError, LoadReport, input_settings, lo
                                  read_checkpoint, save_checkpoint)
 
 # what needs fastai, or reads data, is imported where it is first used
-_later = {'revvit.core.testing': ('check_directional', 'check_grads', 'check_inverse', 'drift', 'live_bytes', 'peak_bytes',
-                                  'per_image', 'saved_bytes'),
+_later = {'revvit.core.testing': ('check_directional', 'check_grads', 'check_inverse', 'drift', 'live_bytes', 'live_trace',
+                                  'peak_bytes', 'per_image', 'saved_bytes'),
           'revvit.data.images': ('digits_dls', 'image_dls', 'shard_dls'),
           'revvit.data.clips': ('clip_dls', 'moving_digits_dls'),
-          'revvit.training.learner': ('Recipe', 'learner', 'plot_history', 'recipe_dls', 'recipe_model', 'recipes', 'record_run'),
+          'revvit.training.learner': ('Recipe', 'learner', 'plot_history', 'recipe_dls', 'recipe_model', 'recipes',
+                                      'record_run'),
           'revvit.training.distributed': ('distribute', 'join_group', 'leave_group'),
           'revvit.training.resume': ('keep_state',),
-          'revvit.use.inference': ('class_names', 'eval_loader', 'evaluate', 'extract_feat', 'get_model', 'inference_model')}
+          'revvit.use.inference': ('class_names', 'eval_loader', 'evaluate', 'extract_feat', 'get_model',
+                                   'inference_model')}
 _home = {name: module for module,names in _later.items() for name in names}
 
 def __getattr__(name):
