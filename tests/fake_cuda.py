@@ -60,8 +60,9 @@ class FakeCuda(FakeTensorMode):
 
 class Event:
     "In place of CUDA's: nothing is ever done"
-    def record(self): pass
+    def record(self, stream=None): pass
     def query(self): return False
+    def synchronize(self): pass   # of a step ago, while this one's work is under way
 
 def _fitting(node, i, g):
     "`g` as PyTorch's engine would hand it on: summed where the input was broadcast, in the input's type"
@@ -112,7 +113,7 @@ def fake_cuda():
     def get_rng_state(device='cuda'): return torch.full((16,), mode.drawn%256, dtype=torch.uint8)
     def set_rng_state(state, device='cuda'): mode.drawn = int(state[0])
     with ExitStack() as stack:
-        for name,new in dict(get_rng_state=get_rng_state, set_rng_state=set_rng_state, Event=Event, is_bf16_supported=lambda *a: True).items():
+        for name,new in dict(get_rng_state=get_rng_state, set_rng_state=set_rng_state, Event=Event, current_stream=lambda *a: None, is_bf16_supported=lambda *a: True).items():
             stack.enter_context(patch.object(torch.cuda, name, new))
         stack.enter_context(patch('torch.autograd.grad', _grad))
         stack.enter_context(patch('torch._C._current_graph_task_id', lambda: 1))   # checkpoints compute again once a backward pass

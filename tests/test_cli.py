@@ -1,5 +1,5 @@
 "What a notebook cannot show about the commands: the installed scripts, exit codes, Ctrl-C, folders that cannot be written"
-import csv, json, math, os, re, shutil, signal, subprocess, sys, time
+import csv, itertools, json, math, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import av
@@ -75,7 +75,7 @@ def test_json_and_several_files(work, here):
     assert len(a['pred_scores']) == 10 and abs(sum(a['pred_scores'])-1) < 1e-5 and a['pred_scores'] == b['pred_scores']
     assert a['pred_score'] == max(a['pred_scores']) == a['pred_scores'][a['pred_label']] and a['pred_class'] == str(a['pred_label'])
 
-@pytest.mark.parametrize('name,flags', [('revvit_train', 'recipe out epochs batch-size lr workers seed amp weights resume save-steps save-minutes'), ('revvit_predict', 'weights model top views classes features device json'),
+@pytest.mark.parametrize('name,flags', [('revvit_train', 'recipe out epochs batch-size lr workers seed amp weights resume save-steps save-minutes chunk keep exact no-exact'), ('revvit_predict', 'weights model top views classes features device json'),
     ('revvit_test', 'data weights model batch-size workers views classes device json'), ('revvit_bench', 'small models depths batch-sizes dtypes rivals settings memory minutes threads out device json')])
 def test_help(name, flags, capfd):
     with pytest.raises(SystemExit) as e: getattr(cli, name)(['--help'])
@@ -312,6 +312,31 @@ def test_bar_on_a_terminal(work, folder):
     os.close(ours)
     out = p.communicate(timeout=300)[0]
     assert p.returncode == 0 and b'0/12' in said and out.startswith('top-1 ') and out.count('\n') == 1
+
+@pytest.mark.parametrize('flags,first,then,again', [
+    ([], (0., None), [], (0., None)), (['--keep', .25, '--exact'], (.25, True), [], (.25, True)), (['--no-exact'], (0., False), ['--keep', 1], (1., False)),
+    (['--keep', 1], (1., None), ['--keep', 0, '--exact'], (0., True)), (['--exact'], (0., True), ['--no-exact'], (0., False))], ids=str)
+def test_keep_and_exact(flags, first, then, again, tmp_path, here, monkeypatch):
+    "They reach the model and config.json; a run that goes on is as it was begun where the command does not say otherwise"
+    seen,calls = [],itertools.count(1)
+    def forward(self, x, old=revvit.RevViT.forward):
+        seen.append((self.blocks.reversible, self.blocks.keep, self.blocks.exact))
+        if next(calls) == 5: raise KeyboardInterrupt   # two steps and one batch of test images, an epoch
+        return old(self, x)
+    monkeypatch.setattr(revvit.RevViT, 'forward', forward)
+    line = ['--epochs', 2, '--batch-size', 512, '--out', 'run']
+    for code,more,want in ((130, flags, first), (0, ['--resume', *then], again)):
+        assert here(tmp_path, 'revvit_train', *line, *more).returncode == code
+        cfg = json.loads((tmp_path/'run/config.json').read_text(encoding='utf8'))
+        assert (cfg['keep'], cfg['exact']) == want and {*seen} == {(True, *want)}
+        seen.clear()
+
+def test_a_damaged_config_says_what_to_give(tmp_path, here):
+    assert here(tmp_path, 'revvit_train', '--epochs', 1, '--batch-size', 1024, '--out', 'run').returncode == 0
+    cfg = json.loads((tmp_path/'run/config.json').read_text(encoding='utf8'))
+    (tmp_path/'run/config.json').write_text(json.dumps({**cfg, 'keep': 'all'}))
+    line = ['--epochs', 1, '--batch-size', 1024, '--out', 'run', '--resume']
+    only_sentence(here(tmp_path, 'revvit_train', *line), "run/config.json: keep is 'all' and exact is None: give --keep and --exact")
 
 def test_second_run_leaves_the_first_alone(work, here):
     before = {o: (o.stat().st_mtime_ns, o.read_bytes()) for o in (work/'runs/digits').iterdir()}
@@ -589,6 +614,7 @@ def test_addresses_are_not_read(address, zoo, tmp_path, here):
     ('revvit_train', '--on-bad foo', '--on-bad must be raise or skip, got \'foo\''), ('revvit_train', '--new-head', '--new-head goes with --weights'), ('revvit_train', '--new-size', '--new-size goes with --weights'),
     ('revvit_train', '--batch-size 0', '--batch-size'), ('revvit_train', '--epochs 0', '--epochs'), ('revvit_train', '--lr -1', '--lr'), ('revvit_train', '--average 2', '--average'), ('revvit_train', '--amp bf61', '--amp must be'),
     ('revvit_train', '--save-steps 0', '--save-steps'), ('revvit_train', '--threads 0', '--threads'), ('revvit_train', '--workers -2', '--workers'), ('revvit_train', '--seed -2', '--seed'), ('revvit_train', '--chunk 0', '--chunk'),
+    ('revvit_train', '--keep 1.5', '--keep must be from 0 to 1, got 1.5'), ('revvit_train', '--keep -0.1', '--keep must be from 0 to 1, got -0.1'), ('revvit_train', '--keep nan', '--keep must be from 0 to 1, got nan'), ('revvit_train', '--keep much', "--keep: invalid float value: 'much'"),
     ('revvit_train', '--amp fp16 --device cpu', "--amp 'fp16' needs"), ('revvit_train', '--weights seven.pth', '; --new-head leaves the model\'s classifier'), ('revvit_train', '--weights large.pth', '; --new-size resamples'),
     ('revvit_train', '--recipe rev_vit_s', '--data'), ('revvit_train', '--recipe rev_vit_s --root x --data .', '--root is for'), ('revvit_predict', 'noise.png --top 0', '--top'), ('revvit_predict', 'noise.png --views 0', '--views'),
     ('revvit_predict', 'noise.png --weights odd.pth', '--model'), ('revvit_predict', 'noise.png --model revvit_tiny_patch16_224', '--weights'), ('revvit_test', '--data . --batch-size 0', '--batch-size'), ('revvit_test', '--data . --workers -1', '--workers')], ids=str)

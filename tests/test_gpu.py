@@ -7,12 +7,13 @@ from functools import partial
 
 import pytest, torch
 import torch.distributed as dist
+from fastai.vision.all import Callback
 from torch.nn.parallel import DistributedDataParallel
 from revvit.core.exact import hear
 from revvit.core.device import pick_device
 from revvit.data.images import digits_dls
 from revvit.core.testing import peak_bytes, per_image
-from revvit.training.learner import learner, recipes
+from revvit.training.learner import NonFiniteError, learner, recipes
 from cases import *
 
 CUDA = DEVICE.type=='cuda'
@@ -172,6 +173,40 @@ def test_learner(amp, tmp_path):
     learn = learner(digits_dls(bs=256, device=pick_device(str(DEVICE))), r, out=tmp_path, amp=amp)
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert 0 < float(learn.recorder.losses[-1]) < 10 and (tmp_path/'checkpoint.pth').exists()
+
+class Watch(Callback):
+    "From the third step on nothing waits: the loader, all callbacks, the optimizer"
+    order,run_valid = -30,False
+    def before_batch(self):
+        if self.train_iter==2 and CUDA: torch.cuda.set_sync_debug_mode('error')
+    def after_train(self):
+        if CUDA: torch.cuda.set_sync_debug_mode('default')
+
+@there
+@pytest.mark.parametrize('amp', ['bf16','off'] if CUDA else ['off'])
+@pytest.mark.parametrize('workers', [0,2])
+def test_learner_waits_for_nothing(workers, amp):
+    r = replace(recipes['digits'], epochs=1, batch_size=128, warmup_epochs=0., mixup=.8, average=.9, model_args=dict(patch_size=4, embed_dim=32, num_heads=2, depth=2, drop_path_rate=.2))
+    learn = learner(digits_dls(bs=128, workers=workers, device=pick_device(str(DEVICE))), r, amp=amp)
+    try:
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Watch())
+    finally:
+        if CUDA: torch.cuda.set_sync_debug_mode('default')
+    assert learn.stop_on_non_finite.late==CUDA and len(learn.recorder.losses)==11 and all(torch.isfinite(o) for o in learn.recorder.losses)
+
+@there
+def test_learner_stops():
+    "The device leaves out a bad step, and the host hears of it"
+    r = replace(recipes['digits'], epochs=1, batch_size=128, warmup_epochs=0., model_args=dict(patch_size=4, embed_dim=32, num_heads=2, depth=2))
+    learn = learner(digits_dls(bs=128, device=pick_device(str(DEVICE))), r, amp='off')
+    class Spoil(Callback):
+        order,run_valid = -5,False
+        def before_batch(self):
+            if self.train_iter!=3: return
+            self.before = [p.detach().clone() for p in self.model.parameters()]
+            self.learn.xb = (self.xb[0].clone().index_fill_(0, torch.tensor([7], device=DEVICE), float('nan')),)
+    with learn.no_bar(), learn.no_logging(), pytest.raises(NonFiniteError, match=r'step 4 \(epoch 0\): input 0 \(items 7 of the batch\)'): learn.fit(1, cbs=(spoil := Spoil()))
+    assert same(list(learn.model.parameters()), spoil.before)
 
 def test_these_tests_run():
     "One case of each on the CPU, every test of this file: a GPU shall find no error but its own"

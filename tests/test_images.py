@@ -1,6 +1,8 @@
 "What a notebook cannot show about images: JPEGs of many kinds through the whole loader, processes that die, and resuming, with 0, 1 and 2 workers"
 import copy as copying, gc, hashlib, io, json, multiprocessing, os, pickle, random, shutil, signal, subprocess, sys, time, unicodedata, warnings
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -330,3 +332,54 @@ def test_shards_resume_by_epoch(folder, tmp_path):
     b.set_epoch(1)
     assert_close(list(b), ref[1], rtol=0, atol=0)
     assert torch.cat([y for _,y in dls().valid]).tolist() == [0]*13+[1]*13
+
+# ---------------------------------------------------------------- the way to a GPU
+
+@pytest.fixture
+def sent(monkeypatch):
+    "Batches on their way to a GPU that is not there: (device, whether the copy need not be waited for, whether they were pinned)"
+    from revvit.data import clips, images
+    seen,pinned = [],[]
+    def pin(data, device=None):
+        pinned.append(data)
+        return list(data)   # PyTorch's makes lists of tuples
+    def to_device(b, device=None, non_blocking=False):
+        seen.append((str(device), non_blocking, any(all(x is y for x,y in zip(b, o)) for o in pinned), type(b)))
+        return b
+    for o in (images,clips): monkeypatch.setattr(o, 'pick_device', torch.device)
+    monkeypatch.setattr(images, 'to_device', to_device)
+    monkeypatch.setattr('fastai.data.core.to_device', lambda b, device: b)   # its look at one batch, when a loader is made
+    monkeypatch.setattr('torch.accelerator.is_available', lambda: True)
+    monkeypatch.setattr('torch.accelerator.current_accelerator', lambda: torch.device('cuda'))
+    monkeypatch.setattr('torch.utils.data._utils.pin_memory.pin_memory', pin)
+    monkeypatch.setattr('revvit.data.images.seeded', lambda *key, device=None: nullcontext())
+    for o in (images.Normalize,images._Show): monkeypatch.setattr(o, 'to', lambda self, device: None, raising=False)
+    return seen
+
+def moved(kind, device, folder):
+    if kind == 'digits': return digits_dls(bs=256, device=device)
+    return image_dls(folder, dict(input_size=(3, 16, 16), mean=(0., 0., 0.), std=(1., 1., 1.), interpolation='bicubic', crop_pct=1.), bs=2, workers=0, device=device)
+
+@pytest.mark.parametrize('part', ['train', 'valid'])
+@pytest.mark.parametrize('kind', ['digits', 'images'])
+def test_batches_go_to_a_gpu_without_waiting(kind, part, sent, tmp_path):
+    "Pinned, then copied while the host goes on; elsewhere an ordinary copy"
+    for p in ('train', 'val'):
+        for c in 'ab':
+            (tmp_path/p/c).mkdir(parents=True)
+            for i in range(2): Image.fromarray(np.random.RandomState(i).randint(0, 255, (20, 20, 3), np.uint8)).save(tmp_path/p/c/f'{p}{i}.png')
+    for device,want in (('cuda', ('cuda', True, True, tuple)), ('cpu', ('cpu', False, False, tuple))):
+        dl = getattr(moved(kind, device, tmp_path), part)
+        sent.clear()
+        assert len(list(dl)) == len(dl) == len(sent) and {*sent} == {want}
+
+def test_jitter_is_what_fastais_sampling_gives():
+    "Which asks the device for the range of the coordinates; for pictures that keep their size it goes unused"
+    from fastai.vision.all import TensorImage
+    from revvit.data.images import DigitJitter
+    x,jitter = TensorImage(torch.rand(6, 1, 16, 16)),DigitJitter()
+    with mock.patch('revvit.data.images.affine_grid', lambda mat, size, **kw: mat), mock.patch('revvit.data.images.grid_sample', lambda x, mat, **kw: x.affine_coord(mat, pad_mode='zeros', align_corners=False)):
+        torch.manual_seed(1)
+        want = jitter.encodes(x)
+    torch.manual_seed(1)
+    assert torch.equal(jitter.encodes(x), want)

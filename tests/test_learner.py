@@ -6,9 +6,10 @@ from unittest import mock
 
 import numpy as np, pytest, torch
 from fastai.vision.all import Callback, CancelFitException, GradientClip
+from revvit.models.checkpoints import read_checkpoint
 from revvit.data.images import digits_dls
 from revvit.training.resume import keep_state, states
-from revvit.training.learner import learner, recipes
+from revvit.training.learner import NonFiniteError, learner, recipes
 from test_resume import command
 from test_training import same, small, spawn, wait
 
@@ -199,3 +200,115 @@ def test_a_fused_optimizer_resumes_to_the_bit(before, after, tmp_path):
 def test_adamw_is_fused_on_a_gpu():
     from revvit.training.learner import _fused
     assert [_fused(o) for o in ('cuda', torch.device('cuda:1'), 'cpu', 'mps', None)] == [True, True, None, None, None]
+
+# ---------------------------------------------------------------- what a GPU finds is read a step later
+
+class Spoil(Callback):
+    "In step `at`, counted from 0, put `value` into the place `where`, and keep the weights as they were before"
+    order,run_valid = -5,False
+    def __init__(self, where, at=2, value=float('nan')): self.where,self.at,self.value = where,at,value
+    def before_batch(self):
+        if self.train_iter != self.at: return
+        if self.where == 'parameter':
+            with torch.no_grad(): self.model.blocks[0].g.fn.fc1.weight[0,0] = self.value
+        self.before = {k: v.clone() for k,v in self.model.state_dict().items()}
+        if self.where == 'input':
+            x = self.xb[0].clone()
+            x[[5,9]] = self.value
+            self.learn.xb = (x,)
+    def after_pred(self):
+        if self.train_iter == self.at and self.where == 'output': self.learn.pred = self.pred*self.value
+    def after_loss(self):   # as it is shown: the gradient stays finite
+        if self.train_iter == self.at and self.where == 'loss': self.learn.loss = self.loss*self.value
+    def before_backward(self):
+        if self.train_iter == self.at and self.where == 'gradient':
+            self.hook = self.model.head.bias.register_hook(lambda g: [self.hook.remove(), g*self.value][1])
+
+PLACES = dict(input='input 0 (items 5, 9 of the batch)', parameter='parameter blocks.0.g.fn.fc1.weight', output='output of the model', loss='loss', gradient='norm of the gradient of head.bias')
+
+def late(recipe=plain, **kw):
+    "A learner with the optimizer of a GPU, which can leave out a step by what stands on the device"
+    with mock.patch('revvit.training.learner._fused', lambda device: True): return make(recipe, **kw)
+
+def stopped(learn, spoil, f='fit', *args, **kw):
+    with pytest.raises(NonFiniteError) as e: quiet(learn, f, *args, cbs=spoil, **kw)
+    assert same({k: v.nan_to_num() for k,v in learn.model.state_dict().items()}, {k: v.nan_to_num() for k,v in spoil.before.items()})
+    assert not hasattr(learn.opt.opt, 'found_inf') and all(p.grad is None for p in learn.model.parameters())
+    return str(e.value)
+
+@pytest.mark.parametrize('at', [0, 2, 4, 5])
+@pytest.mark.parametrize('where', PLACES)
+def test_a_bad_step_is_left_out_and_named_later(where, at):
+    "In the first step, in the last of an epoch and in the first of the next: the weights are those before it, although the host hears of it a step later"
+    learn = late(replace(plain, clip=.1))
+    assert stopped(learn, spoil := Spoil(where, at), 'fit', 2) == f"step {at+1} (epoch {at//5}): {PLACES[where]} is not finite; stopped before the optimizer step, the weights are those of step {at}"
+    assert learn.train_iter == at+1 and learn.stop_on_non_finite.late
+
+@pytest.mark.parametrize('value', [float('inf'), -float('inf')])
+def test_infinite_as_well(value):
+    assert 'gradient of head.bias' in stopped(late(), Spoil('gradient', 2, value), 'fit', 1)
+
+def test_the_moments_of_adam_are_left_out_too():
+    learn = late()
+    class Keep(Callback):
+        order = 80
+        def after_batch(self):
+            if self.train_iter == 1: self.was = [{k: v.clone() for k,v in o.items()} for o in self.opt.opt.state.values()]
+    keep,spoil = Keep(),Spoil('gradient', 1)
+    with pytest.raises(NonFiniteError): quiet(learn, 'fit', 1, cbs=[keep, spoil])
+    assert all(same(dict(a), dict(b)) for a,b in zip(keep.was, learn.opt.opt.state.values()))
+
+@pytest.mark.parametrize('every', [1, 3])
+def test_no_state_of_a_bad_step_is_written(every, tmp_path):
+    learn = keep_state(late(out=tmp_path), every=every)
+    stopped(learn, Spoil('gradient', 2), 'fit', 1)
+    assert all(torch.isfinite(v).all() for o in states(tmp_path) for v in read_checkpoint(o)['state_dict'].values())
+    assert [o.name for o in states(tmp_path)] == (['state-0-2.pth', 'state-0-1.pth'] if every == 1 else [])
+
+def test_after_a_bad_step_the_learner_trains_on():
+    "What was left out is forgotten: a second fit ends as that of a learner which never met it"
+    learn,other = late(),late()
+    stopped(learn, Spoil('gradient', 0), 'fit', 1)
+    learn.create_opt(), other.create_opt()
+    assert same(quiet(learn, 'fit', 1).model.state_dict(), quiet(other, 'fit', 1).model.state_dict())
+
+@pytest.mark.parametrize('clip', [None, .1])
+def test_read_late_or_at_once_gives_the_same(clip):
+    "The same optimizer, weights and recorded losses, to the bit"
+    a,b = late(replace(plain, clip=clip)),late(replace(plain, clip=clip))
+    with mock.patch('revvit.training.learner._reads_late', lambda learn: False): quiet(a, 'fit', 2)
+    quiet(b, 'fit', 2)
+    assert not a.stop_on_non_finite.late and b.stop_on_non_finite.late
+    assert same(a.model.state_dict(), b.model.state_dict()) and same(a.recorder.losses, b.recorder.losses) and a.recorder.values == b.recorder.values
+
+def test_when_it_is_read_at_once():
+    "Where the optimizer cannot leave out a step, under a scaler, which leaves out steps of its own, and while a rate is looked for"
+    from revvit.training.learner import _reads_late
+    learn = late()
+    learn.create_opt()
+    assert _reads_late(learn)
+    for k,v in dict(scaler=torch.amp.GradScaler('cpu'), lr_finder=0).items():
+        setattr(learn, k, v)
+        assert not _reads_late(learn)
+        delattr(learn, k)
+    learn.scaler = torch.amp.GradScaler('cpu', enabled=False)   # of bfloat16
+    assert _reads_late(learn)
+    other = make()
+    other.create_opt()
+    assert not _reads_late(other)
+    assert late().lr_find(show_plot=False, num_it=12).valley > 0
+
+def test_the_losses_are_fastais():
+    "Its running mean to the bit, which on a GPU stays there until the epoch ends"
+    from fastai.vision.all import AvgSmoothLoss
+    learn,seen = make(),AvgSmoothLoss()
+    class Beside(Callback):
+        order,run_valid = 55,False
+        def before_fit(self):
+            self.all = []
+            seen.reset()
+        def after_batch(self):
+            seen.accumulate(self.learn)
+            self.all.append(seen.value)
+    quiet(learn, 'fit', 2, cbs=(beside := Beside()))
+    assert len(beside.all) == 10 and same(list(map(float, learn.recorder.losses)), list(map(float, beside.all)))

@@ -1,11 +1,16 @@
 """A step on CUDA makes the host wait for nothing. Here on a device that is not there (`fake_cuda.py`), which raises wherever a value would be read;
 on a real one `test_gpu.py` asks PyTorch itself, which raises at every synchronisation."""
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
+from unittest.mock import patch
 
 import pytest, torch
+from fastai.vision.all import Callback, DataLoaders, Learner
 from torch import nn
 from torch.nn.functional import cross_entropy
 from revvit.core.exact import set_self_check
+from revvit.training.learner import learner, recipes
 from cases import *
 from fake_cuda import Waits, fake_cuda, gradients
 
@@ -70,3 +75,62 @@ def test_the_self_check_waits_where_it_shall_stop():
     try:
         with pytest.raises((Waits,torch._subclasses.fake_tensor.DynamicOutputShapeException)): step(STEPS['vit'])
     finally: set_self_check(was)
+
+# ---------------------------------------------------------------- a whole step of the Learner
+
+class Strict(Callback):
+    "From the third step on nothing may wait, from the loader's side of the step to the last callback"
+    order,run_valid = -30,False
+    def __init__(self, cuda): self.cuda = cuda
+    def before_batch(self): self.cuda.strict = self.train_iter>=2
+
+class Loose(Callback):
+    order,run_valid = 90,False
+    def __init__(self, cuda): self.cuda = cuda
+    def after_batch(self): self.cuda.strict = False
+
+def backward(self):
+    "Node by node: PyTorch's own engine wants a real device"
+    ps = needing(self.model)
+    for p,g in zip(ps, gradients([self.loss_grad], ps, [torch.ones_like(self.loss_grad)])): p.grad = g
+
+class Batches(list):
+    "Loader of two tensors a batch, on the device"
+    bs,device = 4,torch.device('cuda')
+    dataset = property(list)
+
+def trained(recipe, cbs=(), amp='off', bar=False):
+    with fake_cuda() as cuda, patch.object(Learner, '_backward', backward), patch('fastai.losses.TensorBase', lambda x: x):   # a kind of tensor that a fake one cannot be
+        x,y = torch.rand(4, 1, 16, 16, device='cuda'),torch.zeros(4, dtype=torch.long, device='cuda')
+        dls = DataLoaders(Batches([(x,y)]*6), Batches([]))
+        dls.vocab = [str(o) for o in range(10)]
+        learn = learner(dls, recipe, amp=amp)
+        with ExitStack() as stack:
+            if not bar: stack.enter_context(learn.no_bar())
+            stack.enter_context(patch('timm.utils.model_ema.torch.Generator', lambda device, new=torch.Generator: new()))
+            stack.enter_context(learn.no_logging())
+            stack.enter_context(patch.object(Learner, '_do_epoch_validate', lambda *a, **kw: None))
+            learn.fit(1, cbs=[Strict(cuda), Loose(cuda), *cbs])
+        return learn,cuda
+
+small = replace(recipes['digits'], epochs=1, batch_size=4, warmup_epochs=0, model_args=dict(patch_size=4, embed_dim=16, num_heads=2, depth=2, drop_path_rate=.2))
+
+@pytest.mark.parametrize('bar', [False,True], ids=['quiet','bar'])
+@pytest.mark.parametrize('recipe', [small, replace(small, clip=None), replace(small, mixup=.8, cutmix=1.), replace(small, average=.9)], ids=['clip','free','mixed','average'])
+def test_a_learners_step_waits_for_nothing(recipe, bar):
+    "Schedule, seeds, mixing, loss, its record, the check of the gradients, the limit, AdamW, the average and the bar"
+    learn,cuda = trained(recipe, bar=bar)
+    assert learn.stop_on_non_finite.late and len(learn.recorder.lrs)==6 and ('cuda','cpu') in cuda.copies
+
+def test_a_learners_step_in_bfloat16(): assert trained(small, amp='bf16')[0].mixed_precision.amp_mode.value=='bf16'
+
+class Reads(Callback):
+    def after_step(self): self.seen = self.loss.item()
+class Asks(Callback):
+    order = 55   # after the recorder
+    def after_batch(self):
+        if self.learn.recorder.losses[-1]>0: pass
+
+@pytest.mark.parametrize('cb', [Reads,Asks])
+def test_a_callback_that_reads_is_seen(cb):
+    with pytest.raises((Waits,torch._subclasses.fake_tensor.DataDependentOutputException)): trained(small, cbs=[cb()])

@@ -11,6 +11,7 @@ __all__ = ['digits_cfg', 'image_suffixes', 'video_suffixes', 'rand_augs', 'digit
 import io, os, random, traceback, unicodedata, warnings
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -20,7 +21,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_dataset, create_transform
 from timm.data.auto_augment import RandAugment, posterize
 from fastai.vision.all import (Categorize, DataLoaders, Datasets, IntToFloatTensor, Normalize, RandTransform, TensorImage, TensorImageBW,
-    TfmdDL, Transform, affine_mat, rotate_mat, zoom_mat)
+    TfmdDL, Transform, affine_mat, rotate_mat, to_device, zoom_mat)
+from torch.nn.functional import affine_grid, grid_sample
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter, _SingleProcessDataLoaderIter
 from sklearn.datasets import load_digits
 from ..core.device import out_of_memory, pick_device
 
@@ -142,7 +145,8 @@ class DigitJitter(RandTransform):
     def encodes(self, x:TensorImage):
         zoom = zoom_mat(x, min_zoom=1-self.zoom, max_zoom=1+self.zoom, p=1., draw_x=.5, draw_y=.5)
         mat = rotate_mat(x, max_deg=self.degrees, p=1.) @ zoom @ shift_mat(x, self.shift)
-        return x.affine_coord(mat[:,:2], pad_mode='zeros', align_corners=False)
+        grid = affine_grid(mat[:,:2], x.shape, align_corners=False)   # fastai's own sampling asks the device for a number
+        return grid_sample(x, grid, padding_mode='zeros', align_corners=False)
 
 # %% ../../nbs/data/22_images.ipynb #df3ff6b9
 def _seed(*key):
@@ -258,11 +262,29 @@ def bad_items(self:EpochDL)->list: # Items of the data set
     items = getattr(self.dataset, 'items', range(self.n))
     return [items[i] for i in self.bad.nonzero().flatten().tolist()]
 
+# %% ../../nbs/data/22_images.ipynb #9b468363
+@patch
+def sample(self:EpochDL):
+    "Indices for this reader: every batch, or every so many of them if there are several readers"
+    for i in range(self.offs*self.bs, len(self._idxs), self.num_workers*self.bs): yield from self._idxs[i:i+self.bs]
+
+@patch
+def _batches(self:EpochDL):
+    "One pass as fastai makes it, but for the copy to a GPU: from pinned memory, so that nobody waits for it"
+    self.before_iter()
+    self._idxs = self.get_idxs()
+    readers = _MultiProcessingDataLoaderIter if self.fake_l.num_workers else _SingleProcessDataLoaderIter
+    for b in readers(self.fake_l):
+        if isinstance(b, list): b = tuple(b)   # which pinning makes of a tuple
+        if self.device is not None: b = to_device(b, self.device, non_blocking=self.pin_memory)
+        yield self.after_batch(b)
+    self.after_iter()
+
 # %% ../../nbs/data/22_images.ipynb #9b468364
 @patch
 def __iter__(self:EpochDL):
     epoch,first,known = self.epoch,self.batch,int(self.bad.sum())
-    it = super(EpochDL, self).__iter__()
+    it = self._batches()
     for i in count(first):
         try:
             with seeded(self.seed, epoch, 2, i*self.world+self.rank, device=self.device): b = next(it, None)
@@ -309,7 +331,8 @@ def digits_dls(
                      splits=(train.tolist(), held.tolist()))
     tfms = [IntToFloatTensor, DigitJitter() if jitter is None else jitter, Normalize.from_stats(digits_cfg['mean'], digits_cfg['std'], cuda=False)]
     device = pick_device(device)
-    same = dict(bs=bs, num_workers=workers, seed=seed, rank=rank, world=world, after_batch=tfms, device=device)
+    same = dict(bs=bs, num_workers=workers, seed=seed, rank=rank, world=world, after_batch=tfms, device=device,
+                pin_memory=device.type=='cuda')
     return DataLoaders(EpochDL(dsets.train, shuffle=True, drop_last=True, **same), EpochDL(dsets.valid, **same), device=device)
 
 # %% ../../nbs/data/22_images.ipynb #da6c27d4
@@ -508,9 +531,10 @@ def image_dls(
 class _ShardDL(torch.utils.data.DataLoader):
     "Loader of timm's shard reader that knows about epochs"
     sharded = True   # the reader itself deals out shards to processes
-    def __init__(self, dataset, bs, seed, **kwargs):
-        super().__init__(dataset, batch_size=bs, generator=torch.Generator(), **kwargs)
-        self.bs,self.seed,self.epoch = bs,seed,0
+    def __init__(self, dataset, bs, seed, device, **kwargs):
+        super().__init__(dataset, batch_size=bs, generator=torch.Generator(), pin_memory=device.type=='cuda', **kwargs)
+        self.bs,self.seed,self.epoch,self.device = bs,seed,0,device
+    def to(self, device): self.device = torch.device(device)
     def set_epoch(self, epoch, batch=0):
         if batch: raise ValueError(f"tar shards cannot be entered in the middle of an epoch (at batch {batch}): save and resume between epochs")
         self.epoch = epoch
@@ -518,7 +542,7 @@ class _ShardDL(torch.utils.data.DataLoader):
         self.generator.manual_seed(int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0]))   # from it PyTorch seeds the workers
         self.dataset.set_epoch(self.epoch)
         self.epoch += 1
-        return super().__iter__()
+        return map(partial(to_device, device=self.device, non_blocking=self.pin_memory), super().__iter__())
 
 # %% ../../nbs/data/22_images.ipynb #188a178c
 def shard_dls(
@@ -540,7 +564,8 @@ def shard_dls(
     def dataset(split, tfm, **kwargs): return create_dataset('wds/', root=str(path), split=split, transform=tfm, batch_size=bs, seed=seed, **kwargs)
     ds,held = dataset(train, train_tfm(cfg, **(aug or {})), is_training=True),dataset(valid, ImageTransform(cfg).tfm)
     ds.set_loader_cfg(num_workers=workers)
-    dls = DataLoaders(_ShardDL(ds, bs, seed, num_workers=workers, drop_last=True),
-                      _ShardDL(held, bs, seed, num_workers=1), device=pick_device(device))
+    device = pick_device(device)
+    dls = DataLoaders(_ShardDL(ds, bs, seed, device, num_workers=workers, drop_last=True),
+                      _ShardDL(held, bs, seed, device, num_workers=1), device=device)
     dls.vocab = vocab
     return dls

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['recipes', 'imagenet_cfg', 'kinetics_cfg', 'Recipe', 'recipe_model', 'recipe_dls', 'warmup_cosine', 'Schedule',
            'SeedRun', 'MixLoss', 'MixBatches', 'WeightAverage', 'is_searching', 'NonFiniteError', 'StopOnNonFinite',
-           'SaveCheckpoint', 'write_text', 'RunLog', 'PlainLog', 'set_amp', 'record_run', 'learner', 'plot_history']
+           'SaveCheckpoint', 'write_text', 'RunLog', 'LossLater', 'PlainLog', 'set_amp', 'record_run', 'learner',
+           'plot_history']
 
 # %% ../../nbs/training/32_learner.ipynb #21a5c705
 import math, sys, warnings
@@ -22,9 +23,9 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
-from fastai.vision.all import (Callback, CancelFitException, CSVLogger, LabelSmoothingCrossEntropyFlat,
-                               Learner, MixedPrecision, OptimWrapper,
-    ParamScheduler, ProgressCallback, accuracy, noop, num_distrib, rank_distrib, set_seed)
+from fastai.vision.all import (AvgSmoothLoss, Callback, CancelFitException, CSVLogger, LabelSmoothingCrossEntropyFlat,
+    Learner, MixedPrecision, OptimWrapper, ParamScheduler, ProgressCallback, Recorder, accuracy, noop, num_distrib,
+    rank_distrib, set_seed, to_detach)
 from ..models.checkpoints import save_checkpoint
 from ..data.images import digits_cfg, digits_dls, image_dls
 from ..data.clips import clip_dls, moving_digits_cfg, moving_digits_dls
@@ -264,6 +265,19 @@ def _first_bad(named):
         rows = bad.any(1).nonzero().flatten().tolist() if n.startswith(('input','target')) and t.ndim>1 else None
         return n if rows is None else f"{n} (items {', '.join(map(str, rows[:5]))}{', ...' if len(rows)>5 else ''} of the batch)"
 
+# %% ../../nbs/training/32_learner.ipynb #a8fa8044
+class _Later:
+    "Numbers on their way from a device: only `read` waits for them"
+    def __init__(self, t):
+        gpu = t.device.type=='cuda'
+        self.host,self.done = torch.zeros(t.shape, dtype=t.dtype, pin_memory=gpu),torch.cuda.Event() if gpu else None
+        self.host.copy_(t.detach(), non_blocking=gpu)
+        if gpu: self.done.record(torch.cuda.current_stream(t.device))
+    def there(self): return self.done is None or self.done.query()
+    def read(self):
+        if self.done is not None: self.done.synchronize()
+        return self.host
+
 # %% ../../nbs/training/32_learner.ipynb #a8fa8045
 class StopOnNonFinite(Callback):
     "Stop before the optimizer step when the loss or a gradient is infinite or NaN; shorten a gradient that is too long"
@@ -271,22 +285,79 @@ class StopOnNonFinite(Callback):
     def __init__(self,
         clip:float|None=None, # Longest gradient, as the norm over all parameters; None for no limit
     ): self.clip = clip
+    def before_fit(self): self.late,self.bad,self.sent = _reads_late(self.learn),None,None
     def after_loss(self):
-        if torch.isfinite(self.loss.detach()).all(): return
+        if self.late or torch.isfinite(self.loss.detach()).all(): return
         if is_searching(self.learn): raise CancelFitException()
-        ins = [(f'{k} {i}', t) for k,ts in (('input',self.xb), ('target',self.yb)) for i,t in enumerate(ts) if torch.is_tensor(t)]
-        params = [(f'parameter {n}', p) for n,p in _bare(self.model).named_parameters()]
-        self._stop(_first_bad([*ins, *params, ('output of the model', self.pred), ('loss', self.loss)]))
+        self._stop(self._batch()+self._params()+self._result())
     def before_step(self):
         named = [(n,p) for n,p in _bare(self.model).named_parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for _,p in named])   # one for the check and for the limit
-        if not torch.isfinite(norm):
-            if is_searching(self.learn): raise CancelFitException()
-            if bad := _first_bad([(f'gradient of {n}', p.grad) for n,p in named]): self._stop(bad)
+        norm = self._send(named) if self.late else self._check(named)
         if self.clip: torch.nn.utils.clip_grads_with_norm_([p for _,p in named], self.clip, norm)
-    def _stop(self, what):
+    def _check(self, named):
+        "The norm of all gradients, read at once: one for the check and for the limit"
+        norm = torch.nn.utils.get_total_norm([p.grad for _,p in named])
+        if torch.isfinite(norm): return norm
+        if is_searching(self.learn): raise CancelFitException()
+        bad = [(f'gradient of {n}', p.grad) for n,p in named]
+        if _first_bad(bad): self._stop(bad)
+        return norm
+    def _stop(self, named, step=None, epoch=None):
         self.opt.zero_grad()
-        raise NonFiniteError(f"step {self.train_iter+1} (epoch {self.epoch}): {what} is not finite; stopped before the optimizer step, the weights are those of step {self.train_iter}")
+        step,epoch = (self.train_iter,self.epoch) if step is None else (step,epoch)
+        raise NonFiniteError(f"step {step+1} (epoch {epoch}): {_first_bad(named)} is not finite; stopped before the optimizer step, the weights are those of step {step}")
+
+# %% ../../nbs/training/32_learner.ipynb #a8fa8046
+@patch
+def _batch(self:StopOnNonFinite): return [(f'{k} {i}', t) for k,ts in (('input',self.xb), ('target',self.yb)) for i,t in enumerate(ts) if torch.is_tensor(t)]
+
+@patch
+def _params(self:StopOnNonFinite): return [(f'parameter {n}', p) for n,p in _bare(self.model).named_parameters()]
+
+@patch
+def _result(self:StopOnNonFinite): return [('output of the model', self.pred), ('loss', self.loss)]
+
+# %% ../../nbs/training/32_learner.ipynb #a8fa8047
+def _reads_late(learn):
+    "May what the device finds be read a step later? It may where the optimizer's one kernel can leave out the step"
+    scaler,groups = getattr(learn, 'scaler', None),getattr(learn.opt, 'param_groups', ())
+    fused = bool(groups) and all(o.get('fused') for o in groups)
+    return fused and not is_searching(learn) and not (scaler and scaler.is_enabled())
+
+def _brief(t):
+    "A few numbers of which one is infinite or NaN if one of `t` is: a sum for each item of a batch"
+    return t.detach().flatten(1).sum(1, keepdim=True, dtype=torch.float32) if t.ndim>1 and t.is_floating_point() else t.detach()
+
+@patch
+def _send(self:StopOnNonFinite, named):
+    "The norm of all gradients; the optimizer leaves out this step and all to come if it, or the loss, is not finite"
+    self.settle()
+    norms = torch.stack(torch._foreach_norm([p.grad for _,p in named]))
+    norm = torch.linalg.vector_norm(norms)
+    bad = (~(norm.isfinite() & self.loss.detach().isfinite().all())).float()
+    self.bad = bad if self.bad is None else torch.maximum(self.bad, bad)
+    self.opt.opt.found_inf = self.bad
+    seen = [[(n,_brief(t)) for n,t in o] for o in (self._batch(), self._result())]
+    self.sent = _Later(self.bad),(self.train_iter,self.epoch),seen,[n for n,_ in named],norms
+    return norm
+
+# %% ../../nbs/training/32_learner.ipynb #a8fa8048
+@patch
+def settle(self:StopOnNonFinite):
+    "Hear how the last step went, and stop if it was left out"
+    sent,self.sent = getattr(self, 'sent', None),None
+    if sent is None or not sent[0].read(): return
+    _,at,(batch,result),names,norms = sent
+    del self.opt.opt.found_inf
+    norms = [*((f'norm of the gradient of {n}', o) for n,o in zip(names, norms.cpu())), ('norm of all gradients', torch.tensor(math.nan))]
+    self._stop(batch+self._params()+result+norms, *at)
+
+@patch
+def after_train(self:StopOnNonFinite): self.settle()
+
+@patch
+def after_fit(self:StopOnNonFinite):
+    if self.late: vars(self.opt.opt).pop('found_inf', None)
 
 # %% ../../nbs/training/32_learner.ipynb #853151a2
 class SaveCheckpoint(Callback):
@@ -331,6 +402,28 @@ class RunLog(Callback):
             write_text(self.path/'history.csv', '\n'.join(','.join(o) for o in [self.recorder.metric_names, *self.rows])+'\n')
         self.trained = False
 
+# %% ../../nbs/training/32_learner.ipynb #aa612a0a
+class _SmoothLoss(AvgSmoothLoss):
+    "fastai's running mean of the loss, left on the device"
+    def accumulate(self, learn):
+        loss = to_detach(learn.loss.mean(), cpu=False)
+        val = self.val.to(loss.device) if self.count else torch.zeros_like(loss)
+        self.count,self.val = self.count+1,torch.lerp(loss, val, self.beta)
+
+class LossLater(Callback):
+    "On a GPU, leave the losses there until the epoch ends, and show what has arrived"
+    order,run_valid = Recorder.order+.5,False
+    def after_create(self): self.recorder.smooth_loss = _SmoothLoss(self.recorder.smooth_loss.beta)
+    def before_train(self): self.begun,self.shown,self.sent = len(self.recorder.losses),None,None
+    def after_batch(self):
+        if self.loss.device.type!='cuda' or is_searching(self.learn): return
+        if self.sent is None or self.sent.there(): self.shown,self.sent = self.sent,_Later(self.smooth_loss)
+        if self.shown is None: del self.learn.smooth_loss   # nothing to show yet
+        else: self.learn.smooth_loss = self.shown.host
+    def after_train(self):
+        losses = self.recorder.losses
+        if new := losses[self.begun:]: losses[self.begun:] = torch.stack(new).cpu()
+
 # %% ../../nbs/training/32_learner.ipynb #aa612a0c
 class PlainLog(Callback):
     "Plain lines in place of fastai's bar where nothing can be redrawn"
@@ -373,7 +466,7 @@ def after_batch(self:PlainLog):
     if n<=self.every or self.train_iter%self.every: return
     speed,self.items,self.since = self.items/(perf_counter()-self.since),0,perf_counter()
     print(', '.join([f"epoch {self.epoch}, step {self.train_iter} of {n*self.n_epoch}: loss "
-                     f"{self.smooth_loss.item():.4f}, lr {self.opt.hypers[-1]['lr']:.3g}",
+                     f"{self.recorder.losses[-1].item():.4f}, lr {self.opt.hypers[-1]['lr']:.3g}",
         f"{speed:.0f} {'clips' if x.ndim>4 else 'images'}/s", *self._left()]), flush=True)
 
 # %% ../../nbs/training/32_learner.ipynb #063188b0
@@ -426,7 +519,7 @@ def learner(
     classes = len(dls.vocab)
     if model is None: model = recipe_model(recipe, classes, seed)
     r = _for_batches(recipe, dls.train.bs*max(1, num_distrib()))
-    cbs = [SeedRun(seed), StopOnNonFinite(r.clip), Schedule(r.warmup_epochs/r.epochs, r.warmup_lr, r.final_lr), PlainLog()]
+    cbs = [SeedRun(seed), StopOnNonFinite(r.clip), Schedule(r.warmup_epochs/r.epochs, r.warmup_lr, r.final_lr), LossLater(), PlainLog()]
     if r.mixup or r.cutmix: cbs.append(MixBatches(r.mixup, r.cutmix, r.smoothing, classes))
     if r.average: cbs.append(WeightAverage(r.average))
     learn = Learner(dls, model, loss_func=MixLoss(eps=r.smoothing), metrics=accuracy, lr=r.lr, cbs=cbs,
@@ -447,7 +540,7 @@ def plot_history(
     if not rec.losses: raise ValueError("nothing to plot: fastai's recorder is empty before a fit, and emptied by validate and get_preds")
     vals = dict(zip(names, zip(*rec.values)))
     a,b = fig.subplots(1,2)
-    a.plot(range(1, len(rec.losses)+1), rec.losses, label='training (running mean)')
+    a.plot(range(1, len(rec.losses)+1), [*map(float, rec.losses)], label='training (running mean)')
     a.plot(rec.iters, vals['valid_loss'], 'o-', ms=3, label='held out')
     a.set(xlabel='step', ylabel='loss', title='Loss'); a.legend()
     b.plot(range(1, len(rec.values)+1), [100*o for o in vals['accuracy']], 'o-', ms=3)

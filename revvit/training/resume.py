@@ -32,8 +32,8 @@ def _bare_tensor(t): return torch.as_tensor(t).as_subclass(torch.Tensor)   # fas
 def _history(learn):
     "What was recorded so far"
     r = learn.recorder
-    return dict(lrs=torch.tensor(r.lrs, dtype=torch.float64), losses=torch.stack([*map(_bare_tensor, r.losses)]) if r.losses else torch.zeros(0), iters=list(r.iters), values=[list(o) for o in r.values],
-        count=r.smooth_loss.count, loss=_bare_tensor(r.smooth_loss.val), rows=list(learn.run_log.rows) if hasattr(learn, 'run_log') else [])
+    return dict(lrs=torch.tensor(r.lrs, dtype=torch.float64), losses=torch.stack([_bare_tensor(o).cpu() for o in r.losses]) if r.losses else torch.zeros(0), iters=list(r.iters), values=[list(o) for o in r.values],
+        count=r.smooth_loss.count, loss=_bare_tensor(r.smooth_loss.val).cpu(), rows=list(learn.run_log.rows) if hasattr(learn, 'run_log') else [])
 
 # what tells one schedule from another
 def _rates(learn): return [L(_scheduler(learn).scheds['lr'](o/8))[-1] for o in range(8)]
@@ -95,6 +95,7 @@ class KeepState(Callback):
         if self.every and self.step%self.every==0: return True
         return self.minutes is not None and not rank_distrib() and monotonic()-self.since>=60*self.minutes
     def save(self, epoch, step):
+        if hasattr(self.learn, 'stop_on_non_finite'): self.learn.stop_on_non_finite.settle()   # no state of a run that is to stop
         if rank_distrib(): return
         avg,like = getattr(self.learn, 'weight_average', None),getattr(self.learn, 'save_checkpoint', None)
         save_checkpoint(_bare(avg.trained if avg else self.model), _file(self.folder, epoch, step), **(like.kwargs if like else {}), extra=_progress(self.learn, epoch, step))

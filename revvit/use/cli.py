@@ -27,6 +27,7 @@ def _parser(func):
         flag,doc = '--'+k.replace('_','-'),v.docment.replace('%','%%')
         if v.anno is list: p.add_argument(k, nargs='+', metavar='FILE', help=doc)
         elif v.anno is bool: p.add_argument(flag, action='store_true', help=doc)
+        elif bool in get_args(v.anno): p.add_argument(flag, action=argparse.BooleanOptionalAction, help=doc)
         else:
             type = next(o for o in (*get_args(v.anno), v.anno) if o is not None)
             word = {int:'N', float:'X', Path:'PATH'}.get(type, 'NAME')
@@ -52,7 +53,7 @@ def _flags(func, said):
 
 # %% ../../nbs/use/43_cli.ipynb #edab9301
 _relief = dict(batch_size="a smaller --batch-size", chunk="a smaller --chunk, which --resume allows too",
-               keep="a smaller --keep",
+               keep="a smaller --keep, which --resume allows too",
     amp="--amp bf16 on a GPU that has it", views="fewer --views of a video", workers="fewer --workers",
     device="--device cpu, if that has more")
 
@@ -225,13 +226,14 @@ def _test(out, r, data, workers, root, device):
     res = evaluate(m, eval_loader(m, data, workers=workers or 0, root=root))
     return f"top-1 {100*res['top1']:.2f} %, top-5 {100*res['top5']:.2f} % of {res['n']} held-out files" + (", 5 views each" if r.data!='images' else "")
 
-def _check_flags(recipe, seed, amp, on_bad, weights, new_head, new_size, save_minutes):
+def _check_flags(recipe, seed, amp, on_bad, weights, new_head, new_size, save_minutes, keep=None):
     "Refuse what cannot be meant"
     from revvit.training.learner import recipes
     if recipe not in recipes: raise ValueError(f"there is no recipe {recipe!r}; there is: {', '.join(recipes)}")
     if not 0<=seed<2**32: raise ValueError(f"seed must be from 0 to {2**32-1}, got {seed}")
     if save_minutes is not None and not 0<save_minutes<float('inf'):
         raise ValueError(f"save_minutes must be a number above 0, got {save_minutes}")
+    if keep is not None and not 0<=keep<=1: raise ValueError(f"keep must be from 0 to 1, got {keep}")
     for k,v,known in (('amp', amp, ('auto','bf16','fp16','off')), ('on_bad', on_bad, ('raise','skip'))):
         if v not in known: raise ValueError(f"{k} must be {', '.join(known[:-1])} or {known[-1]}, got {v!r}")
     for k,v in dict(new_head=new_head, new_size=new_size).items():
@@ -247,6 +249,16 @@ def _own_data(r, data, workers, on_bad, root, allow_shared=False):
     if root and r.data!='clips': raise ValueError(f"--root is for lists of videos: leave it out for {r.data}")
     return data,dict(workers=workers or 0, on_bad=on_bad, **({'root': str(root)} if root else {}),
                      **({'allow_shared': True} if allow_shared else {}))
+
+# %% ../../nbs/use/43_cli.ipynb #a2dc0730
+def _modes(out, keep, exact):
+    "`keep` and `exact` as given, else as the run in `out` was begun, else as they are by default"
+    cfg = _known(out) or {}
+    if keep is None: keep = cfg.get('keep', 0.)
+    if exact is None: exact = cfg.get('exact')
+    share = isinstance(keep, (int,float)) and not isinstance(keep, bool) and 0<=keep<=1
+    if share and exact in (True,False,None): return keep,exact
+    raise ValueError(f"{out/'config.json'}: keep is {keep!r} and exact is {exact!r}: give --keep and --exact")
 
 # %% ../../nbs/use/43_cli.ipynb #a2dc0731
 def _recipe(name, average, threads, **changes):
@@ -294,11 +306,13 @@ def revvit_train(
     save_steps:int|None=None, # Save the state of the run every so many steps too, 1 for each; by default after each epoch
     save_minutes:float|None=None, # Save the state of the run whenever so many minutes have passed since the last; by default after each epoch
     chunk:int|None=None, # Images, or clips, that a block works on at a time: fewer take less memory; by default as many as suit the device
+    keep:float|None=None, # Share of what an ordinary network would store that may be kept, 0 to 1: more takes more memory and less time; by default 0, or what the run was begun with
+    exact:bool|None=None, # Rebuild streams to the bit, at a little cost in float32; by default under mixed precision alone, or as the run was begun
     device:str|None=None, # cpu, cuda, cuda:1, mps, ...; by default the GPU if there is one
 ):
     "Train a reversible vision transformer; without arguments, on handwritten digits that come with the package. Starts on several GPUs with torchrun --nproc_per_node N --no-python revvit_train ..."
     from revvit.training.distributed import from_first, join_group, leave_group
-    _check_flags(recipe, seed, amp, on_bad, weights, new_head, new_size, save_minutes)
+    _check_flags(recipe, seed, amp, on_bad, weights, new_head, new_size, save_minutes, keep)
     r = _recipe(recipe, average, threads, epochs=epochs, batch_size=batch_size, lr=lr)
     world = join_group()
     try:
@@ -306,9 +320,11 @@ def revvit_train(
                                 allow_shared)
         told = dict(recipe=recipe, seed=seed, amp=amp, weights=str(weights or ''), new_head=new_head, new_size=new_size)
         out = from_first(_claim, out, recipe, resume, {**_settings(r), **told})
+        keep,exact = from_first(_modes, out, keep, exact)
+        learn.model.set_reversible(True, keep, exact)
         done = _train(learn, r, out, resume, save_steps, save_minutes,
                       dict(told, data=str(data or ''), out=str(out), resume=resume, save_steps=save_steps,
-                           save_minutes=save_minutes, chunk=chunk, processes=world, **kwargs))
+                           save_minutes=save_minutes, chunk=chunk, keep=keep, exact=exact, processes=world, **kwargs))
     finally: leave_group()
     if done is not None: _finish(learn, r, out, data, done, kwargs['workers'], root)
 
