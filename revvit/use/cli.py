@@ -260,6 +260,13 @@ def _modes(out, keep, exact):
     if share and exact in (True,False,None): return keep,exact
     raise ValueError(f"{out/'config.json'}: keep is {keep!r} and exact is {exact!r}: give --keep and --exact")
 
+def _set_modes(learn, out, keep, exact):
+    "Let the model keep and rebuild as these say; what they are"
+    from revvit.training.distributed import from_first
+    keep,exact = from_first(_modes, out, keep, exact)
+    learn.model.set_reversible(True, keep, exact)
+    return dict(keep=keep, exact=exact)
+
 # %% ../../nbs/use/43_cli.ipynb #a2dc0731
 def _recipe(name, average, threads, **changes):
     "The recipe as the flags change it; PyTorch gets its number of threads"
@@ -316,15 +323,11 @@ def revvit_train(
     r = _recipe(recipe, average, threads, epochs=epochs, batch_size=batch_size, lr=lr)
     world = join_group()
     try:
-        learn,kwargs = _learner(r, data, seed, amp, weights, new_head, new_size, workers, on_bad, root, device, chunk,
-                                allow_shared)
+        learn,kwargs = _learner(r, data, seed, amp, weights, new_head, new_size, workers, on_bad, root, device, chunk, allow_shared)
         told = dict(recipe=recipe, seed=seed, amp=amp, weights=str(weights or ''), new_head=new_head, new_size=new_size)
         out = from_first(_claim, out, recipe, resume, {**_settings(r), **told})
-        keep,exact = from_first(_modes, out, keep, exact)
-        learn.model.set_reversible(True, keep, exact)
-        done = _train(learn, r, out, resume, save_steps, save_minutes,
-                      dict(told, data=str(data or ''), out=str(out), resume=resume, save_steps=save_steps,
-                           save_minutes=save_minutes, chunk=chunk, keep=keep, exact=exact, processes=world, **kwargs))
+        more = dict(data=str(data or ''), out=str(out), resume=resume, save_steps=save_steps, save_minutes=save_minutes, chunk=chunk, processes=world)
+        done = _train(learn, r, out, resume, save_steps, save_minutes, {**told, **more, **_set_modes(learn, out, keep, exact), **kwargs})
     finally: leave_group()
     if done is not None: _finish(learn, r, out, data, done, kwargs['workers'], root)
 
