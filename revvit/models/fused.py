@@ -17,6 +17,7 @@ _ops = torch.ops.aten
 
 class FusedHalf:
     "LayerNorm of tokens, then something linear at both ends, with a backward pass that is written out"
+    split = False   # whether it takes an image in pieces
     def __init__(self,
         norm:nn.LayerNorm, # Over the last dimension, with weight and bias
         first:nn.Linear, # Reads the normed tokens

@@ -16,6 +16,7 @@ from timm.layers import PatchEmbed as TimmPatchEmbed
 from ..core.replay import recompute
 from .fused import FusedAttention, FusedMlp, ORIGINAL, layers_of, product_dtype, untouched
 from .fused_pooling import FusedPooling, head_conv, head_kernels
+from .large import SplitAttention, SplitMlp
 
 # %% ../../nbs/models/12_layers.ipynb #0d1e898a
 def check_images(
@@ -71,12 +72,13 @@ class AttentionHalf(PreNorm):
     "LayerNorm, then multi-head self-attention"
     def fused(self,
         x:torch.Tensor, # A stream that it is about to read
+        large:bool=False, # Whether an image of it is to be taken in pieces
     ): # What computes it from its weights; `None` where that does not apply
         "The pass that is written out"
         modules,a = layers_of(self),self.fn
         dtype = product_dtype(modules, _ATTENTION, x)
         if dtype is None or x.ndim!=3 or not a.fused_attn or getattr(a, 'gate', None) is not None: return None
-        return FusedAttention(self.norm, a.qkv, a.proj, dtype, modules, a.num_heads)
+        return (SplitAttention if large else FusedAttention)(self.norm, a.qkv, a.proj, dtype, modules, a.num_heads)
 
 ORIGINAL[AttentionHalf] = AttentionHalf.forward
 _ATTENTION = [AttentionHalf, nn.LayerNorm, Attention, nn.Linear, nn.Identity, nn.Identity, nn.Dropout, nn.Identity,
@@ -98,12 +100,13 @@ class MlpHalf(PreNorm):
     "LayerNorm, then a two-layer MLP with GELU"
     def fused(self,
         x:torch.Tensor, # A stream that it is about to read
+        large:bool=False, # Whether an image of it is to be taken in pieces
     ): # What computes it from its weights; `None` where that does not apply
         "The pass that is written out"
         modules,m = layers_of(self),self.fn
         dtype = product_dtype(modules, _MLP, x)
         if dtype is None or m.act.approximate!='none': return None
-        return FusedMlp(self.norm, m.fc1, m.fc2, dtype, modules)
+        return (SplitMlp if large else FusedMlp)(self.norm, m.fc1, m.fc2, dtype, modules)
 
 ORIGINAL[MlpHalf] = MlpHalf.forward
 _MLP = [MlpHalf, nn.LayerNorm, Mlp, nn.Linear, nn.GELU, nn.Dropout, nn.Identity, nn.Linear, nn.Dropout]
@@ -248,6 +251,7 @@ class PoolingHalf(PreNorm):
     "LayerNorm, then attention with pooled keys and values"
     def fused(self,
         x:torch.Tensor, # A stream that it is about to read
+        large:bool=False, # Whether an image of it is more than a chunk; no pieces here: heads are few where tokens are many
     ): # What computes it from its weights; `None` where that does not apply
         "The pass that is written out"
         modules,a,D = list(self.modules()),self.fn,x.shape[-1]
