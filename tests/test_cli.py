@@ -541,7 +541,7 @@ def test_no_float64_on_the_device(kind, zoo, tmp_path, here):
 def small(recipe, folder, zoo, monkeypatch):
     "A published recipe with a narrow model, and two files a class to train and to test it in `folder`"
     from dataclasses import replace
-    from revvit.training.learner import recipes
+    from revvit.training.recipes import recipes
     r = recipes[recipe]
     clip,frames = r.data == 'clips',(4,) if r.data == 'clips' else ()
     args = dict(embed_dim=24, num_heads=2, depth=2) if 'revvit' in r.model else dict(embed_dim=8, depth=4, stage_starts=(2,))
@@ -620,7 +620,7 @@ def test_addresses_are_not_read(address, zoo, tmp_path, here):
     ('revvit_predict', 'noise.png --weights odd.pth', '--model'), ('revvit_predict', 'noise.png --model revvit_tiny_patch16_224', '--weights'), ('revvit_test', '--data . --batch-size 0', '--batch-size'), ('revvit_test', '--data . --workers -1', '--workers')], ids=str)
 def test_messages_name_flags(name, args, flag, zoo, tmp_path, here):
     "What a command says is in the words of the command line, and nothing was begun"
-    from revvit.training.learner import recipe_model, recipes
+    from revvit.training.recipes import recipe_model, recipes
     save_checkpoint(recipe_model(recipes['digits'], 7), tmp_path/'seven.pth')
     save_checkpoint(timm.create_model('revvit_tiny_patch16_224', **{**recipes['digits'].model_args, 'in_chans': 1, 'img_size': 32, 'num_classes': 10}), tmp_path/'large.pth')
     torch.save(timm.create_model('revvit_tiny_patch16_224', embed_dim=24, num_heads=2, depth=3).state_dict(), tmp_path/'odd.pth')

@@ -18,7 +18,9 @@ from revvit.data.images import digits_dls
 from revvit.models.mvit import RevMViT
 from revvit.training.resume import keep_state, states
 from revvit.core.testing import saved_bytes
-from revvit.training.learner import NonFiniteError, learner, recipes
+from revvit.training.recipes import recipes
+from revvit.training.callbacks import NonFiniteError
+from revvit.training.learner import learner
 from revvit.models.vit import RevViT
 
 # ---------------------------------------------------------------- what each process does

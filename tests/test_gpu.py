@@ -13,7 +13,9 @@ from revvit.core.exact import hear
 from revvit.core.device import pick_device
 from revvit.data.images import digits_dls
 from revvit.core.testing import peak_bytes, per_image
-from revvit.training.learner import NonFiniteError, learner, recipes
+from revvit.training.recipes import recipes
+from revvit.training.callbacks import NonFiniteError
+from revvit.training.learner import learner
 from cases import *
 
 CUDA = DEVICE.type=='cuda'

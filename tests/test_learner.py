@@ -9,7 +9,9 @@ from fastai.vision.all import Callback, CancelFitException, GradientClip
 from revvit.models.checkpoints import read_checkpoint
 from revvit.data.images import digits_dls
 from revvit.training.resume import keep_state, states
-from revvit.training.learner import NonFiniteError, learner, recipes
+from revvit.training.recipes import recipes
+from revvit.training.callbacks import NonFiniteError
+from revvit.training.learner import learner
 from test_resume import command
 from test_training import same, small, spawn, wait
 
@@ -276,14 +278,14 @@ def test_after_a_bad_step_the_learner_trains_on():
 def test_read_late_or_at_once_gives_the_same(clip):
     "The same optimizer, weights and recorded losses, to the bit"
     a,b = late(replace(plain, clip=clip)),late(replace(plain, clip=clip))
-    with mock.patch('revvit.training.learner._reads_late', lambda learn: False): quiet(a, 'fit', 2)
+    with mock.patch('revvit.training.callbacks._reads_late', lambda learn: False): quiet(a, 'fit', 2)
     quiet(b, 'fit', 2)
     assert not a.stop_on_non_finite.late and b.stop_on_non_finite.late
     assert same(a.model.state_dict(), b.model.state_dict()) and same(a.recorder.losses, b.recorder.losses) and a.recorder.values == b.recorder.values
 
 def test_when_it_is_read_at_once():
     "Where the optimizer cannot leave out a step, under a scaler, which leaves out steps of its own, and while a rate is looked for"
-    from revvit.training.learner import _reads_late
+    from revvit.training.callbacks import _reads_late
     learn = late()
     learn.create_opt()
     assert _reads_late(learn)

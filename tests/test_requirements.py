@@ -597,7 +597,7 @@ def test_R25_streams_that_differ_are_refused(change, words):
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
 @both
 def test_R26_one_bad_sample_leaves_the_others_as_they_were_to_the_bit(make, bad):
-    "In training and evaluation, with and without gradients (a training run that stops by name: notebook 32_learner)"
+    "In training and evaluation, with and without gradients (a training run that stops by name: notebook 31_callbacks)"
     m,xs = make(dtype=torch.float32)
     spoilt = [x.clone() for x in xs]
     for x in spoilt: x[2] = bad

@@ -9,7 +9,7 @@ from fastai.vision.all import Callback, defaults
 from revvit.use import cli
 from revvit.models.checkpoints import load_model
 from revvit.training.resume import states
-from revvit.training.learner import recipes
+from revvit.training.recipes import recipes
 from test_training import end_of, same, small, spawn, wait
 
 torch.set_num_threads(1)

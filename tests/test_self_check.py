@@ -9,7 +9,7 @@ import numpy as np, pytest, torch
 from torch.nn.functional import cross_entropy, one_hot
 from revvit import RevMViT, RevViT, load_checkpoint
 from revvit.core.exact import Start, set_self_check
-from revvit.training.learner import recipe_dls, recipe_model, recipes
+from revvit.training.recipes import recipe_dls, recipe_model, recipes
 
 torch.set_num_threads(1)
 reference = Path(__file__).parent/'reference'

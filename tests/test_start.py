@@ -14,7 +14,8 @@ from torch.nn.utils import get_total_norm
 from timm.layers import DropPath
 from revvit.models.checkpoints import input_settings
 from revvit.data.images import train_tfm
-from revvit.training.learner import learner, recipe_dls, recipe_model, recipes
+from revvit.training.recipes import recipe_dls, recipe_model, recipes
+from revvit.training.learner import learner
 from revvit.data.clips import ClipAugment, ClipTransform, TrainClips
 
 torch.set_num_threads(1)

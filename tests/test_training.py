@@ -9,7 +9,8 @@ from fastai.vision.all import Callback
 from revvit.models.checkpoints import load_model, read_checkpoint
 from revvit.data.images import digits_dls
 from revvit.training.resume import keep_state, states
-from revvit.training.learner import learner, recipe_dls, recipes
+from revvit.training.recipes import recipe_dls, recipes
+from revvit.training.learner import learner
 
 torch.set_num_threads(1)
 pytestmark = [pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork'), pytest.mark.filterwarnings('ignore')]

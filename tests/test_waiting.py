@@ -10,7 +10,8 @@ from fastai.vision.all import Callback, DataLoaders, Learner
 from torch import nn
 from torch.nn.functional import cross_entropy
 from revvit.core.exact import set_self_check
-from revvit.training.learner import learner, recipes
+from revvit.training.recipes import recipes
+from revvit.training.learner import learner
 from cases import *
 from fake_cuda import Waits, fake_cuda, gradients
 

@@ -15,7 +15,7 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import AvgMetric, Learner
 from fastai.torch_core import num_distrib, rank_distrib, to_detach
-from .learner import _bare, is_searching
+from .callbacks import is_searching, unwrapped
 
 # %% ../../nbs/training/33_distributed.ipynb #481341ec
 def join_group(
@@ -72,7 +72,7 @@ class Distribute(Callback):
             self.wrapped = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False,
                                                    gradient_as_bucket_view=True)
         self.learn.model = self.wrapped
-    def after_train(self): self.learn.model = _bare(self.model)
+    def after_train(self): self.learn.model = unwrapped(self.model)
     def after_fit(self): self.wrapped = None
     def after_validate(self):
         for m in self.recorder._valid_mets:

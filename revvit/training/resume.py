@@ -19,7 +19,7 @@ from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
 from ..models.checkpoints import CheckpointError, read_checkpoint, save_checkpoint
 from .distributed import from_first
-from .learner import _bare, _scheduler, is_searching
+from .callbacks import is_searching, rate_scheduler, unwrapped
 
 # %% ../../nbs/training/34_resume.ipynb #55a8c100
 def _identity(learn):
@@ -36,7 +36,7 @@ def _history(learn):
         count=r.smooth_loss.count, loss=_bare_tensor(r.smooth_loss.val).cpu(), rows=list(learn.run_log.rows) if hasattr(learn, 'run_log') else [])
 
 # what tells one schedule from another
-def _rates(learn): return [L(_scheduler(learn).scheds['lr'](o/8))[-1] for o in range(8)]
+def _rates(learn): return [L(rate_scheduler(learn).scheds['lr'](o/8))[-1] for o in range(8)]
 
 def _progress(learn, epoch, step):
     "Everything but the weights"
@@ -98,7 +98,7 @@ class KeepState(Callback):
         if hasattr(self.learn, 'stop_on_non_finite'): self.learn.stop_on_non_finite.settle()   # no state of a run that is to stop
         if rank_distrib(): return
         avg,like = getattr(self.learn, 'weight_average', None),getattr(self.learn, 'save_checkpoint', None)
-        save_checkpoint(_bare(avg.trained if avg else self.model), _file(self.folder, epoch, step), **(like.kwargs if like else {}), extra=_progress(self.learn, epoch, step))
+        save_checkpoint(unwrapped(avg.trained if avg else self.model), _file(self.folder, epoch, step), **(like.kwargs if like else {}), extra=_progress(self.learn, epoch, step))
         for o in states(self.folder)[self.keep:]: o.unlink(missing_ok=True)
         self.since = monotonic()
 

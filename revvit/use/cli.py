@@ -228,7 +228,7 @@ def _test(out, r, data, workers, root, device):
 
 def _check_flags(recipe, seed, amp, on_bad, weights, new_head, new_size, save_minutes, keep=None):
     "Refuse what cannot be meant"
-    from revvit.training.learner import recipes
+    from revvit.training.recipes import recipes
     if recipe not in recipes: raise ValueError(f"there is no recipe {recipe!r}; there is: {', '.join(recipes)}")
     if not 0<=seed<2**32: raise ValueError(f"seed must be from 0 to {2**32-1}, got {seed}")
     if save_minutes is not None and not 0<save_minutes<float('inf'):
@@ -271,7 +271,7 @@ def _set_modes(learn, out, keep, exact):
 def _recipe(name, average, threads, **changes):
     "The recipe as the flags change it; PyTorch gets its number of threads"
     import torch
-    from revvit.training.learner import recipes
+    from revvit.training.recipes import recipes
     r = recipes[name].changed(**changes)
     if average is not None: r = replace(r, average=average)
     if threads or r.threads: torch.set_num_threads(threads or r.threads)
@@ -281,7 +281,8 @@ def _learner(r, data, seed, amp, weights, new_head, new_size, workers, on_bad, r
     "The learner, and what its loaders were told"
     from revvit.models.checkpoints import load_checkpoint
     from revvit.core.device import allow_tf32, pick_device
-    from revvit.training.learner import learner, recipe_dls, recipe_model
+    from revvit.training.recipes import recipe_dls, recipe_model
+    from revvit.training.learner import learner
     device = allow_tf32(pick_device(device))
     data,kwargs = _own_data(r, data, workers, on_bad, root, allow_shared)
     dls = recipe_dls(r, data, seed=seed, device=device, **kwargs)
