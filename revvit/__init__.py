@@ -27,8 +27,10 @@ from .models.checkpoints import (CheckpointError, LoadReport, input_settings, lo
 # what needs fastai, or reads data, is imported where it is first used
 _later = {'revvit.core.testing': ('check_directional', 'check_grads', 'check_inverse', 'drift', 'live_bytes', 'live_trace',
                                   'peak_bytes', 'per_image', 'saved_bytes'),
-          'revvit.data.images': ('digits_dls', 'image_dls', 'shard_dls'),
-          'revvit.data.clips': ('clip_dls', 'moving_digits_dls'),
+          'revvit.data.digits': ('digits_dls',),
+          'revvit.data.images': ('image_dls', 'shard_dls'),
+          'revvit.data.clips': ('clip_dls',),
+          'revvit.data.moving_digits': ('moving_digits_dls',),
           'revvit.training.recipes': ('Recipe', 'recipe_dls', 'recipe_model', 'recipes'),
           'revvit.training.learner': ('learner', 'plot_history', 'record_run'),
           'revvit.training.distributed': ('distribute', 'join_group', 'leave_group'),

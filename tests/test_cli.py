@@ -11,7 +11,8 @@ from PIL import Image
 import revvit
 from revvit.use import cli
 from revvit.models.checkpoints import load_model, read_checkpoint, save_checkpoint
-from revvit.data.images import ImageTransform, digits, hold_out
+from revvit.data.digits import digits, hold_out
+from revvit.data.images import ImageTransform
 from revvit.use.inference import _recognise
 from revvit.data.clips import ClipTransform
 
@@ -423,7 +424,7 @@ _small_room = """
 import resource, sys
 from pathlib import Path
 from revvit.use import cli
-import fastai.vision.all, revvit.training.learner, revvit.training.resume, revvit.data.clips, revvit.training.distributed, matplotlib.figure
+import fastai.vision.all, revvit.training.learner, revvit.training.resume, revvit.data.moving_digits, revvit.training.distributed, matplotlib.figure
 name,mb,*args = sys.argv[1:]
 now = int(Path('/proc/self/statm').read_text().split()[0])*resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now+int(mb)*2**20,)*2)

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastai.vision.all import Callback
 from revvit.training.distributed import distribute, join_group, leave_group
 from revvit.core.engine import ReversibleBlock, ReversibleSequence
-from revvit.data.images import digits_dls
+from revvit.data.digits import digits_dls
 from revvit.models.mvit import RevMViT
 from revvit.training.resume import keep_state, states
 from revvit.core.testing import saved_bytes

@@ -11,7 +11,7 @@ from fastai.vision.all import Callback
 from torch.nn.parallel import DistributedDataParallel
 from revvit.core.exact import hear
 from revvit.core.device import pick_device
-from revvit.data.images import digits_dls
+from revvit.data.digits import digits_dls
 from revvit.core.testing import peak_bytes, per_image
 from revvit.training.recipes import recipes
 from revvit.training.callbacks import NonFiniteError

@@ -1,8 +1,6 @@
 "What a notebook cannot show about images: JPEGs of many kinds through the whole loader, processes that die, and resuming, with 0, 1 and 2 workers"
-import copy as copying, gc, hashlib, io, json, multiprocessing, os, pickle, random, shutil, signal, subprocess, sys, time, unicodedata, warnings
-from contextlib import nullcontext
+import copy as copying, gc, hashlib, io, json, multiprocessing, os, pickle, random, re, shutil, signal, subprocess, sys, time, unicodedata, warnings
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,10 +8,12 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 from revvit.use.inference import folder_items
-from revvit.data.images import EpochDL, ImageTransform, UnreadableFile, digits_dls, image_dls, image_files, open_image, rand_augs, shard_dls
+from revvit.data.loader import UnreadableFile, seeded
+from revvit.data.images import ImageTransform, image_dls, image_files, open_image, shard_dls, train_tfm
+from revvit.training.learner import recipes
 
 cfg = dict(input_size=(3,32,32), mean=(.485,.456,.406), std=(.229,.224,.225), interpolation='bicubic', crop_pct=.875)
-full = dict(rand_aug=rand_augs['rev_vit_b'])
+full = dict(rand_aug='rand-m6-n5-mstd0.5-inc1')
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 def picture(k, size=(90,60)):
@@ -71,6 +71,140 @@ def test_R35_the_same_picture_in_every_kind(tmp_path):
         assert abs(err.mean()) < 10 if kind == '1' else np.abs(err).mean() < (25 if kind in ('low','P') else 4), kind   # one bit a pixel keeps the mean only
         f.unlink()
 
+row = np.array([[0,128,255]], np.uint8)
+grey = Image.fromarray(row)
+
+def clear():
+    "A picture whose white last pixel is transparent, with another colour beneath"
+    rgba = np.dstack([row, row, row, np.array([[255,255,0]], np.uint8)])
+    rgba[0,2,:3] = 7
+    return Image.fromarray(rgba)
+
+def clear_palette():
+    "The same by a palette of which one colour is transparent"
+    im = Image.fromarray(np.array([[0,1,2]], np.uint8))
+    im.putpalette([0,0,0, 128,128,128, 9,9,9])
+    im.info['transparency'] = 2
+    return im
+
+exact = {'L.png': grey, 'L.bmp': grey, 'RGB.tiff': grey.convert('RGB'), 'P.gif': grey.convert('RGB').quantize(3), 'tRNS.png': clear_palette(),
+         'RGBA.webp': clear(), 'RGBA.png': clear(), 'LA.png': clear().convert('LA'), 'CMYK.tiff': grey.convert('RGB').convert('CMYK'),
+         'YCbCr.tiff': grey.convert('RGB').convert('YCbCr'), '16.png': Image.fromarray((row*257.).astype(np.uint16))}
+
+@pytest.mark.parametrize('name', exact)
+def test_R35_black_grey_and_white_are_exact(tmp_path, name):
+    "In each kind of file without loss, for a grey and for a colour model"
+    exact[name].save(tmp_path/name, **(dict(lossless=True) if 'webp' in name else {}))
+    assert np.asarray(open_image(tmp_path/name, 1)).tolist() == [[0,128,255]]
+    assert np.asarray(open_image(tmp_path/name, 3)).tolist() == [[[0]*3, [128]*3, [255]*3]]
+
+def test_R35_one_bit_a_pixel(tmp_path):
+    grey.convert('1', dither=0).save(tmp_path/'bits.png')
+    assert np.asarray(open_image(tmp_path/'bits.png', 1)).tolist() == [[0,255,255]]
+
+def test_R35_a_printers_jpeg(tmp_path):
+    grey.convert('RGB').convert('CMYK').resize((24,8), Image.NEAREST).save(tmp_path/'a.jpg', quality=95)
+    got = np.asarray(open_image(tmp_path/'a.jpg', 1))[4,[3,12,20]].astype(int)
+    assert np.abs(got-row[0]).max() <= 4
+
+@pytest.mark.parametrize('kind', ['png','jpeg','gif','bmp'])
+def test_R35_truncated_anywhere(tmp_path, kind):
+    "At no length may part of a picture pass for the whole"
+    picture(1, (64,64)).save(tmp_path/f'whole.{kind}')
+    data,cut = (tmp_path/f'whole.{kind}').read_bytes(),tmp_path/f'cut.{kind}'
+    for n in np.linspace(1, len(data)*.9, 12).astype(int):
+        cut.write_bytes(data[:n])
+        with pytest.raises(UnreadableFile) as e: open_image(cut)
+        assert re.fullmatch(re.escape(str(cut))+r': (not an image|the image cannot be read)[^\n]*', str(e.value))
+
+@pytest.mark.parametrize('name,data,said', [('zero.png', b'', 'the image file is empty (0 bytes)'),
+    ('page.jpg', b'<!doctype html>', 'not an image, or in no format that Pillow reads'),
+    ('noise.png', b'\x89PNG\r\n\x1a\n'+bytes(range(200)), '')])
+def test_R35_no_image(tmp_path, name, data, said):
+    (tmp_path/name).write_bytes(data)
+    with pytest.raises(UnreadableFile) as e: open_image(tmp_path/name)
+    assert str(e.value).startswith(f'{tmp_path/name}: {said}')
+
+@pytest.mark.parametrize('mode,kind', [('F',np.float32), ('I',np.int32)])
+def test_R35_no_agreed_white(tmp_path, mode, kind):
+    Image.fromarray(row.astype(kind)).save(tmp_path/'a.tiff')
+    with pytest.raises(UnreadableFile, match=rf'a.tiff: the image cannot be read: 32-bit pixels \(mode {mode}\) have no agreed white'):
+        open_image(tmp_path/'a.tiff')
+
+def test_R35_not_a_file(tmp_path):
+    with pytest.raises(UnreadableFile, match='a folder, not an image file'): open_image(tmp_path)
+    with pytest.raises(FileNotFoundError, match='none.png: no such image file'): open_image(tmp_path/'none.png')
+    grey.save(tmp_path/'a.png')
+    with pytest.raises(ValueError, match='channels must be 1 or 3, got 4'): open_image(tmp_path/'a.png', 4)
+
+# ---------------------------------------------------------------- from picture to tensor
+
+one = dict(input_size=(1,16,16), mean=(.3,), std=(.5,), interpolation='bilinear', crop_pct=1.)
+
+def test_the_centre_is_cut_out_of_a_tall_picture(tmp_path):
+    "128 high and 64 wide: the middle square remains; its first and last row mix with the black beyond the cut"
+    tall = np.zeros((128,64), np.uint8)
+    tall[32:96] = 255
+    Image.fromarray(tall).save(tmp_path/'tall.png')
+    x = ImageTransform(one)(tmp_path/'tall.png')
+    assert_close(x[:,1:-1], torch.full((1,14,16), (1-.3)/.5), rtol=0, atol=1e-6)
+
+@pytest.mark.parametrize('settings', [one, {**cfg, 'mean': (.1,.2,.3), 'std': (1.,1.,2.)}])
+def test_each_channel_has_its_own_mean(tmp_path, settings):
+    Image.new('L', (64,128), 128).save(tmp_path/'grey.png')
+    want = (128/255-torch.tensor(settings['mean']))/torch.tensor(settings['std'])
+    x = ImageTransform(settings)(tmp_path/'grey.png')
+    assert_close(x, want[:,None,None].expand(settings['input_size']), rtol=0, atol=1e-5)
+
+@pytest.mark.parametrize('settings,said', [({**cfg, 'mean': (.5,)}, 'must have one value for each of 3 channels'),
+    (dict(input_size=(3,32,32)), 'image settings lack crop_pct, interpolation, mean, std')])
+def test_settings_that_do_not_fit(settings, said):
+    with pytest.raises(ValueError, match=said): ImageTransform(settings)
+
+def test_R37_own_transform_of_one_file(tmp_path):
+    grey.save(tmp_path/'a.png')
+    assert ImageTransform(cfg, tfm=lambda im: im.size)(tmp_path/'a.png') == (3,1)
+    with pytest.raises(AttributeError, match='a.png: '): ImageTransform(cfg, tfm=lambda im: im.sise)(tmp_path/'a.png')
+
+# ---------------------------------------------------------------- the published augmentation
+
+facts = dict(rev_vit_s=(2,7), rev_vit_b=(5,6), rev_mvit_b=(6,9))   # operations, magnitude
+
+@pytest.mark.parametrize('name', facts)
+def test_steps_are_the_published_ones(name):
+    r = recipes[name]
+    crop,flip,rand,_,norm,erase = train_tfm(r.image_cfg, **r.aug).transforms
+    assert (crop.size, crop.scale, crop.interpolation.name, flip.p) == ((224,224), (.08,1.), 'BICUBIC', .5)
+    assert crop.ratio == pytest.approx((3/4,4/3))
+    n,m = facts[name]
+    assert (rand.num_layers, {(o.magnitude, o.magnitude_std, o.prob) for o in rand.ops}) == (n, {(m,.5,.5)})
+    assert_close((norm.mean, norm.std), tuple(torch.tensor(r.image_cfg[k]) for k in ('mean','std')))
+    assert (erase.probability, erase.per_pixel, erase.min_count, erase.max_count) == (.25, True, 1, 1)
+    names = [o.name for o in rand.ops]
+    assert len(names) == 15 and 'ContrastIncreasing' in names and 'Cutout' not in names
+
+def test_colour_jitter_is_where_rand_augment_is_not():
+    jitter = train_tfm(cfg).transforms[2]
+    assert [*jitter.brightness, *jitter.contrast, *jitter.saturation] == pytest.approx([.6,1.4]*3)
+    assert 'ColorJitter' not in str(train_tfm(cfg, **full))
+
+def test_shares_of_boxes_and_mirrors():
+    "Of 400 grey pictures a quarter has a box, no larger than a third; of 400 with a bright left half, half are mirrored"
+    mean = Image.new('RGB', (40,40), (124,116,104))
+    half = Image.fromarray(np.repeat([[255]*20+[0]*20], 40, 0).astype(np.uint8)).convert('RGB')
+    tiny = {**cfg, 'input_size': (3,16,16)}
+    with seeded(0):
+        tfm = train_tfm(tiny, color_jitter=0., scale=(1.,1.))
+        noisy = torch.stack([tfm(mean) for _ in range(400)]).abs().amax(1) > .1   # B C H W -> B H W
+        tfm = train_tfm(tiny, color_jitter=0., scale=(1.,1.), erase=0.)
+        left = torch.stack([tfm(half)[0] for _ in range(400)])
+    area = noisy.float().mean((1,2))
+    area = area[area > 0]
+    assert abs(len(area)/400-.25) < .06 and abs((left[:,8,2] > left[:,8,-3]).float().mean()-.5) < .06
+    assert .02*.8 <= area.min() and area.max() <= 1/3*1.1
+
+# ---------------------------------------------------------------- folders
+
 def damage(path, how):
     data = path.read_bytes()
     path.write_bytes(dict(truncated=data[:len(data)//2], zero=b'', html=b'<!doctype html>', header=b'\xff'*20+data[20:])[how])
@@ -122,6 +256,19 @@ def test_R37_own_exceptions_arrive(folder, kind, workers):
     def tfm(im): raise kind('mine')
     with pytest.raises(kind, match=r'(JPEG|png|webp): mine') as e: plain(loaders(folder, workers, tfm=tfm, on_bad='skip').train)
     assert type(e.value) is kind and str(folder) in str(e.value)
+
+def test_shown_pictures_have_their_colours_back(folder):
+    dls = loaders(folder)
+    shown = dls.valid.decode(dls.valid.one_batch())[0].as_subclass(torch.Tensor)
+    x = torch.stack([ImageTransform(cfg)(o) for o in list(image_files(folder)[1])[:4]])
+    mean,std = (torch.tensor(cfg[k])[:,None,None] for k in ('mean','std'))
+    assert_close(shown, (x*std+mean).clip(0, 1), rtol=0, atol=1e-5)
+
+@pytest.mark.parametrize('kw,said', [(dict(bs=27), 'must be from 1 to the 26 training files of a process, got 27'),
+    (dict(bs=14, world=2), 'must be from 1 to the 13 training files of a process, got 14'), (dict(aug=full, tfm=len), 'give one of the two'),
+    (dict(on_bad='hide'), "on_bad must be 'raise' or 'skip'"), (dict(valid='valid'), 'valid: no such folder')])
+def test_R38_settings_that_cannot_work(folder, kw, said):
+    with pytest.raises((ValueError, FileNotFoundError), match=said): loaders(folder, **kw)
 
 def refused(path, **kw):
     with pytest.raises((ValueError, OSError)) as e: loaders(path, **kw)
@@ -192,7 +339,7 @@ def test_R38_left_overs_of_systems(copy):
     assert all(o in said[0] for o in ('1 .db','1 .ini','1 .heic','1 without an ending', f"(as {copy/'train'/'n01440764'}{os.sep}"))
     assert said[1].startswith(f"{copy/'val'}: 5 files are left out, ")
     plain(loaders(copy).train)
-    assert [p for p,_ in folder_items(copy, Known(2))] == held
+    assert [p for p,_ in folder_items(copy, Known(2))] == list(held)
 
 class Known:
     "What the lists of a test ask of a model"
@@ -259,11 +406,11 @@ def test_R39_a_killed_worker_is_noticed(folder, how):
 epochs_script = """
 import sys, torch, hashlib, random, warnings
 warnings.filterwarnings('ignore')
-from revvit.data.images import image_dls, rand_augs
+from revvit.data.images import image_dls
 path,workers,epoch,batch = sys.argv[1],*map(int, sys.argv[2:])
 random.seed(workers+7); torch.manual_seed(workers)
 dl = image_dls(path, dict(input_size=(3,32,32), mean=(.485,.456,.406), std=(.229,.224,.225), interpolation='bicubic', crop_pct=.875), bs=4, workers=workers, seed=1,
-               aug=dict(rand_aug=rand_augs['rev_vit_b']), device='cpu').train
+               aug=dict(rand_aug='rand-m6-n5-mstd0.5-inc1'), device='cpu').train
 dl.set_epoch(epoch, batch)
 for x,y in dl: print(hashlib.sha256(x.numpy().tobytes()+y.numpy().tobytes()).hexdigest())
 """
@@ -295,15 +442,6 @@ def test_R40_processes_share_one_order(folder, world):
     assert_close([tuple(map(torch.cat, zip(*b))) for b in zip(*(plain(o.train) for o in parts))], ref, rtol=0, atol=0)
     assert sorted(i for o in parts for i in o.valid.get_idxs()) == list(range(26))
 
-def test_R40_digits_resume_and_share():
-    "R40: the bundled digits too: batches of an epoch from the middle, and halves of two processes"
-    dl = digits_dls(bs=128, device='cpu', seed=2).train
-    ref = [plain(dl), plain(dl)]
-    dl.set_epoch(1, 7)
-    assert_close(plain(dl), ref[1][7:], rtol=0, atol=0)
-    labels = [[y for _,y in plain(digits_dls(bs=64, device='cpu', seed=2, rank=r, world=2).train)] for r in (0,1)]
-    assert_close([torch.cat(o) for o in zip(*labels)], [y for _,y in ref[0]], rtol=0, atol=0)
-
 def test_loaders_travel(folder):
     "A loader can be copied, pickled and emptied, as `learn.export` does; a new one of it keeps its seed"
     dls = loaders(folder, aug=full)
@@ -333,53 +471,19 @@ def test_shards_resume_by_epoch(folder, tmp_path):
     assert_close(list(b), ref[1], rtol=0, atol=0)
     assert torch.cat([y for _,y in dls().valid]).tolist() == [0]*13+[1]*13
 
-# ---------------------------------------------------------------- the way to a GPU
+@pytest.mark.parametrize('kw,said', [(dict(workers=0), 'workers must be at least 1, got 0'), ({}, 'holds no _info.json')])
+def test_shards_that_cannot_work(tmp_path, kw, said):
+    if kw: (tmp_path/'_info.json').write_text('{}')
+    with pytest.raises((ValueError, FileNotFoundError), match=said): shard_dls(tmp_path, cfg, ['a'], **kw)
 
-@pytest.fixture
-def sent(monkeypatch):
-    "Batches on their way to a GPU that is not there: (device, whether the copy need not be waited for, whether they were pinned)"
-    from revvit.data import clips, images
-    seen,pinned = [],[]
-    def pin(data, device=None):
-        pinned.append(data)
-        return list(data)   # PyTorch's makes lists of tuples
-    def to_device(b, device=None, non_blocking=False):
-        seen.append((str(device), non_blocking, any(all(x is y for x,y in zip(b, o)) for o in pinned), type(b)))
-        return b
-    for o in (images,clips): monkeypatch.setattr(o, 'pick_device', torch.device)
-    monkeypatch.setattr(images, 'to_device', to_device)
-    monkeypatch.setattr('fastai.data.core.to_device', lambda b, device: b)   # its look at one batch, when a loader is made
-    monkeypatch.setattr('torch.accelerator.is_available', lambda: True)
-    monkeypatch.setattr('torch.accelerator.current_accelerator', lambda: torch.device('cuda'))
-    monkeypatch.setattr('torch.utils.data._utils.pin_memory.pin_memory', pin)
-    monkeypatch.setattr('revvit.data.images.seeded', lambda *key, device=None: nullcontext())
-    for o in (images.Normalize,images._Show): monkeypatch.setattr(o, 'to', lambda self, device: None, raising=False)
-    return seen
+def test_shards_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'webdataset', None)
+    with pytest.raises(ImportError, match='needs the package webdataset: pip install webdataset'): shard_dls(tmp_path, cfg, ['a'])
 
-def moved(kind, device, folder):
-    if kind == 'digits': return digits_dls(bs=256, device=device)
-    return image_dls(folder, dict(input_size=(3, 16, 16), mean=(0., 0., 0.), std=(1., 1., 1.), interpolation='bicubic', crop_pct=1.), bs=2, workers=0, device=device)
-
-@pytest.mark.parametrize('part', ['train', 'valid'])
-@pytest.mark.parametrize('kind', ['digits', 'images'])
-def test_batches_go_to_a_gpu_without_waiting(kind, part, sent, tmp_path):
-    "Pinned, then copied while the host goes on; elsewhere an ordinary copy"
-    for p in ('train', 'val'):
-        for c in 'ab':
-            (tmp_path/p/c).mkdir(parents=True)
-            for i in range(2): Image.fromarray(np.random.RandomState(i).randint(0, 255, (20, 20, 3), np.uint8)).save(tmp_path/p/c/f'{p}{i}.png')
-    for device,want in (('cuda', ('cuda', True, True, tuple)), ('cpu', ('cpu', False, False, tuple))):
-        dl = getattr(moved(kind, device, tmp_path), part)
-        sent.clear()
-        assert len(list(dl)) == len(dl) == len(sent) and {*sent} == {want}
-
-def test_jitter_is_what_fastais_sampling_gives():
-    "Which asks the device for the range of the coordinates; for pictures that keep their size it goes unused"
-    from fastai.vision.all import TensorImage
-    from revvit.data.images import DigitJitter
-    x,jitter = TensorImage(torch.rand(6, 1, 16, 16)),DigitJitter()
-    with mock.patch('revvit.data.images.affine_grid', lambda mat, size, **kw: mat), mock.patch('revvit.data.images.grid_sample', lambda x, mat, **kw: x.affine_coord(mat, pad_mode='zeros', align_corners=False)):
-        torch.manual_seed(1)
-        want = jitter.encodes(x)
-    torch.manual_seed(1)
-    assert torch.equal(jitter.encodes(x), want)
+def test_shards_cannot_be_entered_in_the_middle(folder, tmp_path):
+    wds = pytest.importorskip('webdataset')
+    with wds.TarWriter(f'{tmp_path}/a.tar') as out: out.write({'__key__': '0', 'jpg': b'', 'cls': 0})
+    part = dict(num_samples=1, filenames=['a.tar'], shard_lengths=[1])
+    (tmp_path/'_info.json').write_text(json.dumps(dict(splits={o: dict(part, name=o) for o in ('train','val')})))
+    dl = shard_dls(tmp_path, cfg, ['a'], bs=1, workers=1, device='cpu').train
+    with pytest.raises(ValueError, match=r'cannot be entered in the middle of an epoch \(at batch 2\)'): dl.set_epoch(1, batch=2)

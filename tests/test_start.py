@@ -178,7 +178,7 @@ def test_recipe_model_and_loaders_say_the_same(name):
     assert set(r.image_cfg) >= {'input_size', 'mean', 'std', 'interpolation', 'crop_pct', *(('frame_stride', 'frame_rate') if clips else ())}
     assert r.image_cfg['interpolation'] == ('bilinear' if clips else 'bicubic')
     aug = ClipAugment(r.image_cfg, **r.aug) if clips else train_tfm(r.image_cfg, **r.aug)
-    crop,rand = (aug.crop,aug._ops(256)) if clips else (aug.transforms[0],aug.transforms[2])
+    crop,rand = (aug.crop,aug.rand_augment(256)) if clips else (aug.transforms[0],aug.transforms[2])
     assert crop.interpolation.value == r.image_cfg['interpolation']
     assert {o.kwargs['resample'] for o in rand.ops} == {Image.Resampling.BICUBIC}
 
@@ -200,7 +200,7 @@ def test_clips_are_resized_as_their_settings_say(how, videos):
 def test_posterizing_to_no_bits_is_black(kind):
     "Magnitude 10, which the recipe of Rev-MViT-B reaches; newer Pillows refuse to keep 0 bits"
     cfg = recipes['rev_mvit_b' if kind == 'images' else 'rev_mvit_b_16x4'].image_cfg
-    ops = (train_tfm(cfg, 'rand-m10-inc1').transforms[2] if kind == 'images' else ClipAugment(cfg, 'rand-m10-inc1')._ops(64)).ops
+    ops = (train_tfm(cfg, 'rand-m10-inc1').transforms[2] if kind == 'images' else ClipAugment(cfg, 'rand-m10-inc1').rand_augment(64)).ops
     op, = (o for o in ops if o.name == 'PosterizeIncreasing')
     op.prob,photo = 1.,Image.fromarray(np.random.RandomState(0).randint(1, 255, (8,8,3), np.uint8))
     assert np.asarray(op(photo)).max() == 0 and op(photo).size == photo.size

@@ -7,7 +7,7 @@ import av, numpy as np, pytest, torch
 from PIL import Image
 from fastai.vision.all import Callback
 from revvit.models.checkpoints import load_model, read_checkpoint
-from revvit.data.images import digits_dls
+from revvit.data.digits import digits_dls
 from revvit.training.resume import keep_state, states
 from revvit.training.recipes import recipe_dls, recipes
 from revvit.training.learner import learner

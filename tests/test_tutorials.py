@@ -38,10 +38,10 @@ def write_data(folder):
     code = small_models + '''
 from pathlib import Path
 import numpy as np
-from revvit.data.clips import _write_mp4
+from revvit.data.video_file import write_video
 Path('videos').mkdir()
 for part,n in (('train',8), ('val',2)):
-    for i in range(n): _write_mp4(Path(f'videos/{part}{i}.mp4'), np.full((6,32,32), 30*i, np.uint8))
+    for i in range(n): write_video(Path(f'videos/{part}{i}.mp4'), np.full((6,32,32), 30*i, np.uint8))
     Path(f'videos/{part}.csv').write_text(''.join(f'{part}{i}.mp4 {i%2}\\n' for i in range(n)))
 for file,model in (('REV_VIT_S.pyth','revvit_small_patch16_224'), ('REV_MVIT_B_16x4.pyth','revmvit_base_16x4_224')):
     torch.save(dict(model_state=small(model).state_dict()), file)
@@ -74,7 +74,7 @@ short = '''
 import torch
 torch.set_num_threads(1)
 from fastai.vision.all import CancelTrainException, Callback, Learner
-import revvit.data.images, revvit.data.clips
+import revvit.data.digits, revvit.data.moving_digits
 class Few(Callback):
     "Two steps an epoch"
     order = 70
@@ -85,8 +85,8 @@ def short_init(self, *args, **kwargs):
     init(self, *args, **kwargs)
     self.add_cb(Few())
 Learner.__init__ = short_init
-hold_out = revvit.data.images.hold_out
-revvit.data.images.hold_out = lambda labels, per_class, seed=0: hold_out(labels, min(per_class, 4), seed)   # not that of the videos, which is bound already
+hold_out = revvit.data.digits.hold_out
+revvit.data.digits.hold_out = lambda labels, per_class, seed=0: hold_out(labels, min(per_class, 4), seed)   # not that of the videos, which is bound already
 '''
 
 @pytest.mark.parametrize('path', [o for o in tutorials if o.stem in ('fine_tune_images','train_clips')], ids=name)

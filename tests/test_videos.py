@@ -1,16 +1,22 @@
 """Videos: exact frames from many codecs, containers and rates; what is damaged is refused or left out by name (R36-R38); batches that depend on seed and list alone (R40).
 Every frame of a test video shows its own number in binary, as eight black and white stripes, so that a wrong frame is seen whatever the codec did to it."""
-import multiprocessing, os, random, re, time, warnings
+import multiprocessing, os, random, re, sys, time, warnings
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av, numpy as np, pytest, torch
 from av.bitstream import BitStreamFilterContext
 from PIL import Image
-from revvit.data import clips as videos
-from revvit.data.images import UnreadableFile, digits
+from matplotlib import pyplot as plt
+from torch.testing import assert_close
+from revvit.data.loader import UnreadableFile, seeded
+from revvit.data.digits import digits
 from revvit.use.inference import folder_items
-from revvit.data.clips import ClipTransform, Video, clip_dls, clip_files, clip_indices, directions, is_video, moving_digits, moving_digits_dls, read_clip_list
+from revvit.data.video_file import Video, _scan, is_video
+from revvit.data.clips import (ClipAugment, ClipTransform, TensorVideo, TrainClips, _fit, _normalise, _rows, _same_draws,
+    clip_classes, clip_dls, clip_files, clip_indices, read_clip_list, view_starts)
+from revvit.data.moving_digits import directions, moving_digits, moving_digits_dls
 
 torch.set_num_threads(1)
 NTSC = Fraction(30000, 1001)
@@ -179,7 +185,52 @@ def test_R36_any_name(tmp, name, monkeypatch):
         with Video(path) as v: assert shown(v.read([5]))==[5]
     assert is_video(name)
 
+def packets(*times, duration=10):
+    "An open container without a file, whose packets have these time stamps; those before 0 are there to be built upon"
+    found = [SimpleNamespace(pts=t, dts=None, duration=duration, is_discard=t<0, time_base=Fraction(1,100), stream_index=0) for t in times]
+    form = SimpleNamespace(name='flv')
+    return SimpleNamespace(demux=lambda: found, duration=None, start_time=0, format=form), SimpleNamespace(index=0)
+
+def test_R36_packets_out_of_order():
+    "Two of five are not shown; without durations the last frame is shown as long as the others are on average"
+    assert _scan(*packets(-20, -10, 0, 20, 10))==(3, 0, 30, 0.)
+    assert _scan(*packets(-20, -10, 0, 20, 10, duration=0))[:3]==(3, 0, 30.)
+
+def test_R36_jumps_to_the_key_frame_before(tmp):
+    with Video(write(tmp/'twelve.mp4', 90, g=12, sc_threshold=0)) as v:
+        assert [next(v._from(o))[0] for o in (50,48,47,None)]==[48,48,36,0]
+        got = v._walk([3,4,40], 3)
+        assert {k: shown(torch.from_numpy(o.copy()).permute(2,0,1)[None])[0] for k,o in got.items()}=={3:3, 4:4, 40:40}
+        assert v._walk([3,40], 30) is None   # a start that lies behind what is wanted
+        with pytest.raises(UnreadableFile, match='twelve.mp4: the video stops after 90 of 90 frames, it is truncated or damaged'):
+            v._walk([3,95], None)
+
+@pytest.mark.parametrize('indices', [[40], [0,-1], []])
+def test_R36_no_such_frame(tmp, indices):
+    with Video(write(tmp/'forty.mp4', 40)) as v, pytest.raises(ValueError, match='forty.mp4: frames must be from 0 to 39, got '):
+        v.read(indices)
+
+def test_R36_is_closed_at_the_end_of_the_block(tmp, monkeypatch):
+    path = write(tmp/'closed.mp4')
+    with pytest.raises(ZeroDivisionError), Video(path) as v: 1/0
+    with pytest.raises(AssertionError): next(v.container.decode(video=0))
+    class Odd(Exception): pass
+    def fails(self): raise Odd
+    monkeypatch.setattr(Video, '_measure', fails)
+    with pytest.raises(Odd): Video(path)
+
 # ---------------------------------------------------------------- R36: what cannot be read
+
+@pytest.mark.parametrize('name,video', [('a.mp4',True), (Path('b/C.MOV'),True), ('a.mp4.txt',False), ('mp4',False), ('a.png',False), ('a.gif',False)])
+def test_R36_names_of_videos(name, video): assert is_video(name)==video
+
+def test_R36_damage_that_no_decoder_conceals(tmp):
+    raw = bytearray(write(tmp/'fast.mp4', 90, options=dict(movflags='faststart')).read_bytes())
+    raw[len(raw)//2:len(raw)*2//3] = bytes(len(raw)*2//3-len(raw)//2)
+    (path := tmp/'damaged.mp4').write_bytes(raw)
+    def read(path):
+        with Video(path) as v: v.read([0])
+    assert sentence(path, read).startswith('the video cannot be decoded, it is damaged')
 
 def sentence(path, call):
     "The refusal: one line that begins with the path"
@@ -247,6 +298,114 @@ def test_R36_flipped_bytes_never_surprise(tmp):
             except UnreadableFile as e: kinds.add(str(e).startswith(f'{path}: '))
     assert kinds=={True}
 
+# ---------------------------------------------------------------- clips
+
+SMALL = dict(input_size=(3,4,8,8), mean=(0.,)*3, std=(1.,)*3, interpolation='bilinear', crop_pct=1.)
+
+@pytest.mark.parametrize('change,said', [(dict(input_size=(3,224,224)), r'clips need an input_size of \(3, frames, height, width\), got \(3, 224, 224\)'),
+    (dict(input_size=(1,4,8,8)), r'got \(1, 4, 8, 8\)'), (dict(mean=(.5,)), 'must have one value for each of 3 channels')])
+def test_settings_that_do_not_fit(change, said):
+    for kind in (ClipTransform, ClipAugment):
+        with pytest.raises(ValueError, match=said): kind({**SMALL, **change})
+
+def test_settings_and_what_they_lack():
+    assert ClipTransform(SMALL).cfg=={**SMALL, 'frame_stride':4, 'frame_rate':30.}
+    assert ClipTransform({**SMALL, 'frame_stride':2}).cfg['frame_stride']==2
+    with pytest.raises(ValueError, match='clip settings lack crop_pct, interpolation, mean, std'): ClipTransform(dict(input_size=(3,4,8,8)))
+
+@pytest.mark.parametrize('views,starts', [(1,[.5]), (2,[0,.5]), (5,[0,.2,.4,.6,.8])])
+def test_where_views_start(views, starts): assert view_starts(views)==starts
+
+@pytest.mark.parametrize('args,want', [((300,30), [0,4,8,12,16,21,25,29,33,37,42,46,50,54,58,63]), ((2,1), [0]*14+[1]*2), ((10,60,1), [0]),
+    ((30,30), [0,4,8,12,16,21,25,29,*[29]*8])])
+def test_frames_of_a_clip(args, want): assert clip_indices(*args, at=0)==want
+
+@pytest.mark.parametrize('frames,size,pct', [((20,90),(10,6),1.), ((300,301),(224,224),1.), ((40,40),(224,224),.875), ((512,700),(224,224),.875)])
+@pytest.mark.parametrize('how', ['bilinear','bicubic'])
+def test_frames_of_any_size_fit(frames, size, pct, how): assert _fit(torch.zeros(2,3,*frames), size, pct, how).shape==(2,3,*size)
+
+def test_prepared_frames_are_only_cut():
+    x = torch.randint(0, 256, (1,3,256,341), dtype=torch.uint8)
+    assert torch.equal(_fit(x, (224,224), .875, 'bicubic'), x[:,:,16:240,59:283])
+
+def test_normalised_by_hand():
+    x = torch.tensor([0,51,102,255]).byte().view(2,2,1,1,1).expand(2,2,3,5,4)   # V T 3 H W
+    y = _normalise(x, dict(mean=(0.,.2,.2), std=(1.,1.,2.)))
+    want = torch.tensor([[[0.,.2],[-.2,0.],[-.1,0.]],[[.4,1.],[.2,.8],[.1,.4]]])
+    assert_close(y[...,0,0], want, rtol=0, atol=1e-6)
+    assert y.is_contiguous()
+
+@pytest.mark.parametrize('suffix,codec', [('mp4','libx264'), ('webm','libvpx-vp9'), ('avi','mpeg4'), ('ts','libx264')])
+def test_R36_views_of_each_container(tmp, suffix, codec):
+    path = write(tmp/f'views.{suffix}', 40, 25, codec)
+    want = [clip_indices(40, 25, 4, 5, at=k/3) for k in range(3)]
+    assert [shown(o.transpose(0,1)) for o in ClipTransform(CFG, views=3)(path)]==want
+
+# ---------------------------------------------------------------- the same change for every frame
+
+LARGE = dict(input_size=(3,16,64,64), mean=(.45,)*3, std=(.225,)*3, interpolation='bilinear', crop_pct=.875)
+NOTHING = dict(color_jitter=0., scale=(1.,1.), ratio=(1.,1.), hflip=0.)
+RAND = dict(rand_aug='rand-m7-n4-mstd0.5-inc1')
+
+def test_frames_have_the_same_draws():
+    def noisy(o): return o, random.random(), np.random.rand()
+    with seeded(0): a,b = _same_draws(noisy, [1,2,3]),_same_draws(noisy, [1])
+    assert a==[(o, *a[0][1:]) for o in (1,2,3)] and a[0]!=b[0]
+
+def test_steps_are_the_published_ones():
+    aug = ClipAugment(LARGE, **RAND)
+    ops = aug.rand_augment(256)
+    assert (ops.num_layers, {(o.magnitude, o.magnitude_std, o.prob) for o in ops.ops})==(4, {(7,.5,.5)})
+    assert {o.kwargs['resample'] for o in ops.ops}=={Image.Resampling.BICUBIC}
+    assert {'PosterizeIncreasing','SolarizeAdd','TranslateYRel'}<={o.name for o in ops.ops}
+    assert (aug.crop.scale, aug.crop.ratio, aug.crop.size, aug.crop.interpolation.value, aug.flip.p)==((.08,1.), (3/4,4/3), (64,64), 'bilinear', .5)
+    assert (aug.erase.probability, aug.erase.per_pixel, aug.erase.min_count, aug.erase.max_count, aug.jitter)==(.25, True, 1, 1, None)
+    assert ClipAugment(LARGE).jitter.brightness==(.6,1.4)
+
+@pytest.mark.parametrize('kw', [RAND, {}, dict(color_jitter=0.)], ids=['RandAugment','jitter','neither'])
+def test_still_frames_stay_still(kw):
+    "Through everything but the noise, whatever is drawn; other draws give another clip"
+    still,seen = torch.from_numpy(stripes(41, (96,128))).permute(2,0,1).repeat(16,1,1,1),set()
+    for k in range(8):
+        with seeded(k): x = ClipAugment(LARGE, erase=0., **kw)(still)
+        assert (x.shape, x.dtype)==((3,16,64,64), torch.float32) and torch.equal(x, x[:,:1].expand_as(x))
+        seen.add(x[:,0].numpy().tobytes())
+    assert len(seen)>6
+
+def test_box_of_noise():
+    "The same place in all frames, other numbers in each, of mean 0 and variance 1"
+    with seeded(0): x = ClipAugment(LARGE, erase=1., **NOTHING)(torch.full((16,3,64,64), 115, dtype=torch.uint8))
+    box = (x-(115/255-.45)/.225).abs()>1e-5
+    assert (box==box[:1,:1]).float().mean()>.999 and .02<=box.float().mean()<=.34
+    noise = x[box].reshape(-1)
+    assert abs(noise.mean())<.05 and abs(noise.std()-1)<.05 and len(noise.unique())>.99*len(noise)
+
+def test_share_of_boxes():
+    black,aug = torch.zeros(1,3,64,64, dtype=torch.uint8),ClipAugment(LARGE, **NOTHING)
+    with seeded(0): erased = sum(bool((aug(black)>-1.9).any()) for _ in range(200))
+    assert 30<erased<70   # of 200, with a share of 0.25
+
+def test_with_everything_off_the_clip_is_the_frames():
+    frames = torch.randint(0, 256, (16,3,64,64), dtype=torch.uint8)
+    assert_close(ClipAugment(LARGE, erase=0., **NOTHING)(frames)*.225+.45, frames.transpose(0,1)/255, rtol=0, atol=1e-6)
+
+def test_strips_of_film():
+    clip = TensorVideo(torch.rand(2,3,4,6,5))
+    shapes = [o.get_images()[0].get_array().shape for o in (clip.show(), clip[0].show(max_frames=3), clip[0].repeat(1,1,1,8).show())]
+    plt.close('all')
+    assert shapes==[(12,20,3), (6,15,3), (6,4*42,3)] and type(clip[0].flatten(0, 1)) is TensorVideo
+
+def test_moments_are_anywhere_and_the_same_for_all_repeats(tmp):
+    read = TrainClips(CFG, lambda o: o.transpose(0,1).float(), repeats=2)
+    path = write(tmp/'moments.mp4', 90)
+    with seeded(0): clips = [read(path) for _ in range(60)]
+    starts = [[shown(o.transpose(0,1))[0] for o in c] for c in clips]
+    assert clips[0].shape==(2,3,4,48,64) and all(a==b for a,b in starts)
+    assert 0<=min(starts)[0]<6 and 64<max(starts)[0]<=70      # 90 frames, the clip spans 20
+    small = TrainClips(dict(CFG, input_size=(3,4,24,32)), lambda o: o.transpose(0,1).float())
+    assert small(path).shape==(1,3,4,32,42)
+    with pytest.raises(UnreadableFile, match='gone.mp4: no such video file'): read(tmp/'gone.mp4')
+
 # ---------------------------------------------------------------- lists and loaders
 
 kinds = [('mp4','libx264',30,(48,64)), ('webm','libvpx-vp9',25,(48,64)), ('mkv','mpeg4',24,(64,48)), ('avi','mpeg4',30,(48,64)), ('mov','libx264',NTSC,(64,96)), ('mp4','mpeg4',60,(48,64))]
@@ -292,6 +451,25 @@ def test_R36_policy_raise_or_skip_never_another_label(data, tmp, workers):
         x,y = map(torch.cat, zip(*got))
         assert ((x.flatten(1)>=128).long()==y[:,None]).all()
 
+def test_batches_have_all_clips_of_a_video_or_its_views(data):
+    d = dls(data, tfm=None, repeats=2, bs=2)
+    assert [tuple(o.shape) for o in d.one_batch()]==[(4,3,4,48,64), (4,)]
+    x,y = d.train.one_batch()
+    assert y[::2].tolist()==y[1::2].tolist() and type(x) is TensorVideo
+    assert [len(o.valid.one_batch()[0].shape) for o in (dls(data), dls(data, views=2))]==[5,6]
+
+def test_shown_clips_have_their_colours_back(data):
+    d = clip_dls(data, {**CFG, 'mean': (.2,.3,.4), 'std': (.5,)*3}, bs=4, workers=0, device='cpu')
+    b = d.valid.one_batch()
+    want = b[0].as_subclass(torch.Tensor)*.5+torch.tensor([.2,.3,.4]).view(3,1,1,1)
+    assert_close(d.valid.decode(b)[0].as_subclass(torch.Tensor), want.clip(0,1), rtol=0, atol=1e-6)
+
+@pytest.mark.parametrize('kw,said', [(dict(bs=13), 'must be from 1 to the 12 training files of a process, got 13'), (dict(aug={'hflip': 0.}), 'give one of the two'),
+    (dict(repeats=0), 'repeats must be at least 1, got 0'), (dict(views=0), 'views must be at least 1, got 0'), (dict(on_bad='hide'), "on_bad must be 'raise' or 'skip'"),
+    (dict(valid='other.csv'), 'other.csv: no such list of videos'), (dict(root='/nowhere'), r'/nowhere/train ünï 0.mp4: no such video file \(and 15 more such files\)')])
+def test_R38_settings_that_cannot_work(data, kw, said):
+    with pytest.raises((ValueError, FileNotFoundError), match=said): dls(data, **kw)
+
 class Mine(Exception): pass
 
 @pytest.mark.parametrize('workers', [0,1])
@@ -311,6 +489,13 @@ def test_R38_lists(tmp):
         path.write_text(text, encoding='utf8')
         with pytest.raises(ValueError) as e: read_clip_list(path, classes=7)
         assert str(e.value).startswith(str(path)) and said in str(e.value) and str(e.value).count('\n')<=text.count('x\ny'), (text, str(e.value))
+    for text,said in ((b'caf\xe9.mp4 1', 'not a text file in UTF-8 (invalid continuation byte at byte 3)'), (b'my cat.mp4 0\na b', "line 2: the label must be a whole number from 0 up, got 'b'"),
+                      (' a.mp4 ²'.encode(), "line 1: the label must be a whole number from 0 up, got '²'")):
+        path.write_bytes(text)
+        with pytest.raises(ValueError, match=re.escape(said)): read_clip_list(path)
+    with pytest.raises(FileNotFoundError, match='none.csv: no such list of videos'): read_clip_list(tmp/'none.csv')
+    path.write_text('a.mp4 3\n\nmy cat.mp4  0 \n"sub/the ""cat"".mp4" 1\r\n"two\nlines.mp4" 2\nlast.mp4')
+    assert list(_rows(path))==[(1,'a.mp4','3'), (3,'my cat.mp4','0'), (4,'sub/the "cat".mp4','1'), (5,'two\nlines.mp4','2'), (7,'','last.mp4')]
     path.write_bytes('\ufeffa.mp4 0\r\nb c.mp4  1 \r\n'.encode())
     assert {os.path.relpath(k, tmp): v for k,v in read_clip_list(path).items()}=={'a.mp4': 0, 'b c.mp4': 1}
 
@@ -344,6 +529,7 @@ def test_R38_classes(data, tmp):
     assert says(classes='cat\ncat')=="classes.txt: the class 'cat' is named twice"
     assert says(train=[*lists['train'], 'train ünï 0.mp4 1'])=="t.csv, line 13: 'train ünï 0.mp4' is already in line 1, with another label"
     assert 'is in \'t.csv\' too' in says(val=[*lists['val'], lists['train'][0]])
+    assert clip_classes(tmp, 3)==['0','1','2'] and [clip_classes(tmp, 400)[i] for i in (0,399)]==['abseiling','zumba']
     assert says(train=[*lists['train'], 'gone.mp4 1'])=='gone.mp4: no such video file'
 
 @pytest.mark.parametrize('again', [['0.mp4 0'], ['./0.mp4 0'], ['"1.mp4" 1', '0.mp4 0', 'x/../0.mp4 0']], ids=len)
@@ -434,7 +620,7 @@ def test_R40_loading_leaves_the_global_generators_alone(data):
 def test_moving_digits_written_once_and_whole(tmp, monkeypatch):
     "A kill while writing leaves nothing that looks like the data; two writers at once agree"
     few = [o[:400] for o in digits()]
-    monkeypatch.setattr(videos, 'digits', lambda: few)
+    monkeypatch.setattr(sys.modules['revvit.data.moving_digits'], 'digits', lambda: few)
     target = tmp/'moving'
     def start():
         p = multiprocessing.get_context('fork').Process(target=moving_digits, args=(target,))
@@ -453,3 +639,13 @@ def test_moving_digits_written_once_and_whole(tmp, monkeypatch):
     assert moving_digits_dls(bs=8, folder=target, device='cpu').train.one_batch()[0].shape==(8,3,8,32,32)
     before = {o: o.stat().st_mtime_ns for o in target.rglob('*')}
     assert moving_digits(target)==target and before=={o: o.stat().st_mtime_ns for o in target.rglob('*')}
+
+def test_each_direction_is_as_frequent_and_colours_are_normalised(tmp):
+    folder = moving_digits(tmp/'all moving')
+    train,held,_ = clip_files(folder)
+    assert [sorted(set(np.bincount(list(o.values())))) for o in (train,held)]==[[179,180],[45]]
+    dl = moving_digits_dls(folder=folder, device='cpu').train
+    dl.set_epoch(0, len(dl)-15)
+    x = torch.cat([x.as_subclass(torch.Tensor) for x,_ in dl])   # 480 of the 1,437
+    assert abs(x.mean())<.03 and abs(x.std()-1)<.03
+    with pytest.raises(ValueError, match='train: holds other things than the moving digits'): moving_digits(folder/'train')

@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 import timm, torch
 from fastcore.basics import patch
 from fastai.torch_core import num_distrib, rank_distrib, set_seed
-from ..data.images import digits_cfg, digits_dls, image_dls
-from ..data.clips import clip_dls, moving_digits_cfg, moving_digits_dls
+from ..data.digits import digits_cfg, digits_dls
+from ..data.images import image_dls
+from ..data.clips import clip_dls
+from ..data.moving_digits import moving_digits_cfg, moving_digits_dls
 
 # %% ../../nbs/training/30_recipes.ipynb #4a96da86
 @dataclass(frozen=True)

@@ -211,7 +211,7 @@ def _fit(learn, epochs, ckpt):
 def _sample_digit(out):
     "Write the first test digit to the folder `out`, its class in the name"
     from PIL import Image
-    from revvit.data.images import digits, hold_out
+    from revvit.data.digits import digits, hold_out
     images,labels = digits()
     i = hold_out(labels, 36)[1][0]
     Image.fromarray(images[i]).save(out/f'digit_{labels[i]}.png')
@@ -359,7 +359,7 @@ def _finish(learn, r, out, data, took, workers, root):
     elsewhere = '' if out.parent==Path('runs') else f" --weights {shlex.quote(str(out/'checkpoint.pth'))}"
     if r.data=='digits': sample = _sample_digit(out)
     elif r.data=='moving_digits':
-        from revvit.data.clips import moving_digits
+        from revvit.data.moving_digits import moving_digits
         folder = moving_digits(data)
         best = _test(out, r, folder, workers, None, learn.dls.device)
         sample = folder/(folder/'val.csv').read_text().split()[0]

@@ -48,8 +48,8 @@ def _transform(model, views):
 
 def _views(model, path, views):
     "What `model` sees of a file: (views, C, T, H, W), or an image as (1, C, H, W)"
-    from revvit.data.images import image_suffixes
-    from revvit.data.clips import is_video
+    from revvit.data.loader import image_suffixes
+    from revvit.data.video_file import is_video
     _check_local(path)
     if _is_clip(model):
         if Path(path).suffix.lower() in image_suffixes:
@@ -263,7 +263,7 @@ def folder_items(
     model, # For its classes, and for whether it wants images or videos
 )->list: # (path, class index) of each file
     "Files in class folders"
-    from revvit.data.images import _some, class_items, image_suffixes, is_hidden, video_suffixes
+    from revvit.data.loader import a_few, class_items, image_suffixes, is_hidden, video_suffixes
     folder = Path(folder)
     if not folder.is_dir(): raise ValueError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
     if (folder/'val').is_dir(): folder = folder/'val'
@@ -272,10 +272,10 @@ def folder_items(
     try: index = class_index(classes, model)
     except ValueError as e: raise ValueError(f"{folder}: {e}") from e
     suffixes = video_suffixes if _is_clip(model) else image_suffixes
-    items = class_items(folder, index, suffixes)
+    items = list(class_items(folder, index, suffixes).items())
     if empty := sorted(set(index.values())-{i for _,i in items}):
         raise ValueError(f"{folder}: no {'videos' if _is_clip(model) else 'images'} for the class "
-                         f"{_some([k for k,v in index.items() if v in empty])} (files that end in "
+                         f"{a_few([k for k,v in index.items() if v in empty])} (files that end in "
                          f"{', '.join(suffixes)})")
     return items
 
