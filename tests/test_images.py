@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from revvit.use.inference import folder_items
 from revvit.data.loader import UnreadableFile, seeded
 from revvit.data.images import ImageTransform, image_dls, image_files, open_image, shard_dls, train_tfm
-from revvit.training.learner import recipes
+from revvit.training.recipes import recipes
 
 cfg = dict(input_size=(3,32,32), mean=(.485,.456,.406), std=(.229,.224,.225), interpolation='bicubic', crop_pct=.875)
 full = dict(rand_aug='rand-m6-n5-mstd0.5-inc1')
