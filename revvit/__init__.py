@@ -19,10 +19,12 @@ from .core.coupling import couple, uncouple
 from .core.dial import Plan
 from .core.engine import ReversibleBlock, ReversibleSequence, chunk_size
 from .core.exact import self_check, set_self_check
+from .models.layers import MeanFusion, MlpFusion
+from .models.pooling import StageTransition
 from .models.vit import RevViT   # registers its models with timm, as does the next
-from .models.mvit import MeanFusion, MlpFusion, RevMViT, StageTransition
-from .models.checkpoints import (CheckpointError, LoadReport, input_settings, load_checkpoint, load_model,
-                                 read_checkpoint, save_checkpoint)
+from .models.mvit import RevMViT
+from .models.files import CheckpointError, read_checkpoint
+from .models.checkpoints import LoadReport, input_settings, load_checkpoint, load_model, save_checkpoint
 
 # what needs fastai, or reads data, is imported where it is first used
 _later = {'revvit.core.testing': ('check_directional', 'check_grads', 'check_inverse', 'drift', 'live_bytes', 'live_trace',

@@ -11,7 +11,8 @@ import timm
 import torch
 import revvit
 from timm.models import save_for_hf
-from revvit.models.checkpoints import CheckpointError, _seal, _write, input_settings, load_checkpoint, load_model, read_checkpoint, save_checkpoint
+from revvit.models.checkpoints import input_settings, load_checkpoint, load_model, save_checkpoint
+from revvit.models.files import CheckpointError, read_checkpoint, seal, write_checkpoint
 from revvit.use.inference import get_model
 from revvit.models.mvit import RevMViT
 from revvit.models.vit import RevViT
@@ -118,7 +119,7 @@ def hostile(gadget, tensors):
         for old in (False, True):
             f = io.BytesIO()
             torch.save(content, f, _use_new_zipfile_serialization=not old)
-            if name == 'own' and not old: _seal(f)
+            if name == 'own' and not old: seal(f)
             yield f'{name}{"-old"*old}.pth', f.getvalue()
     yield from ((f'pickle{p}.pth', pickle.dumps(gadget, p)) for p in (0, 2, 5))
 
@@ -226,7 +227,7 @@ def saved(content, old=False):
 
 def sealed(raw):
     f = io.BytesIO(raw)
-    _seal(f)
+    seal(f)
     return f.getvalue()
 
 def layouts(tensors):
@@ -304,7 +305,7 @@ def test_R29_a_model_is_built_only_if_the_file_fills_it(files, tmp_path, family,
     "Our files and Hub folders that describe models far larger than their tensors, or none that can be: one sentence, before any memory"
     path,hub = tmp_path/'own.pth',tmp_path/'hub'
     content = read_checkpoint(files/family/'own')
-    _write(path, dict(content, model_args={**content['model_args'], **changes}))
+    write_checkpoint(path, dict(content, model_args={**content['model_args'], **changes}))
     shutil.copytree(files/family/'hub', hub)
     config = json.loads((hub/'config.json').read_text())
     (hub/'config.json').write_text(json.dumps(dict(config, model_args={**config['model_args'], **changes})))

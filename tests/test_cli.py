@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 import revvit
 from revvit.use import cli
-from revvit.models.checkpoints import load_model, read_checkpoint, save_checkpoint
+from revvit.models.checkpoints import load_model, save_checkpoint
+from revvit.models.files import read_checkpoint
 from revvit.data.digits import digits, hold_out
 from revvit.data.images import ImageTransform
 from revvit.use.inference import _recognise

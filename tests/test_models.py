@@ -1,15 +1,19 @@
 """What timm asks of its own models (its tests/test_models.py) and what its users do with one, asked of every model that revvit registers (R27, R21, R22). The models are
 narrow, to be quick, but have the depth, the stages and the strides of the real ones; clips have their 16 frames."""
-import copy, pickle, sys
+import copy, pickle, re, sys
 from itertools import pairwise
 
 import pytest, timm, torch
+from timm.layers import resample_abs_pos_embed
 from timm.models import create_feature_extractor, group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 from torch.testing import assert_close
 import revvit
 from revvit.core.testing import check_grads, saved_bytes
+from revvit.models.mvit import MViTSize, RevMViT, mvit_block
+from revvit.models.vit import RevViT, ViTSize
+from revvit.models.zoo import checkpoint_filter_fn, our_name, tensors_in
 
 torch.set_num_threads(1)
 names = timm.list_models('*rev*vit*')
@@ -280,3 +284,261 @@ def test_a_model_can_be_built_under_a_debugger(name, writes):
     try: got = timm.create_model(name, **kw).model_args
     finally: sys.settrace(before)
     assert got==want and not set(notes)&set(got) and bool(notes)==writes
+
+# ---------------------------------------------------------------- what the notebooks 13_zoo, 14_vit and 16_mvit show once
+
+film = dict(num_frames=4, patch_kernel=(3,7,7), patch_stride=(2,4,4), pool_kernel=(3,3,3), kv_stride=(1,8,8),
+            stream_fusion='mean', qkv_bias=False)
+
+def tiny(kind, depth=5, **kw):
+    "A small model whose weights are far from their quiet start"
+    torch.manual_seed(depth)
+    if kind=='vit': m = RevViT(**{**dict(img_size=32, patch_size=8, embed_dim=24, num_heads=3, depth=depth, num_classes=5), **kw})
+    else:
+        args = dict(img_size=32, embed_dim=8, depth=depth, stage_starts=tuple(o for o in (1,3) if o<depth), num_classes=5)
+        m = RevMViT(**{**args, **(film if kind=='clips' else {}), **kw})
+    for n,p in m.named_parameters(): nn.init.normal_(p, float(n.endswith('norm.weight')), .2 if p.ndim>1 else .1)
+    return m
+
+def inputs(kind, b=3, **kw):
+    return torch.randn(b, 3, *((4,) if kind=='clips' else ()), 32, 32, generator=torch.Generator().manual_seed(b), **kw)
+
+kinds = pytest.mark.parametrize('kind', ['vit','images','clips'])
+
+@pytest.mark.parametrize('make, words', [
+    (lambda: ViTSize(384, 5, 12), "num_heads must divide embed_dim: got 5 and 384"),
+    (lambda: ViTSize(384, 6, 0), "depth must be a whole number above 0, got 0"),
+    (lambda: ViTSize(384, 6, 12.), "got 12.0"),
+    (lambda: MViTSize(stage_starts=(0,3)), r"must rise, above 0 and below the depth: got \(0, 3\) and depth 16"),
+    (lambda: MViTSize(stage_starts=(3,3)), "stage_starts must rise"),
+    (lambda: MViTSize(depth=14), r"got \(1, 3, 14\) and depth 14"),
+    (lambda: MViTSize(num_heads=5), "num_heads must divide embed_dim: got 5 and 96"),
+    (lambda: MViTSize(stream_fusion='max'), "'mlp' or 'mean', got 'max'"),
+    (lambda: MViTSize(pool_kernel=(3,3)), r"three numbers above 0, over time, height and width: got \(3, 3\)"),
+    (lambda: MViTSize(q_stride=(1,0,2)), "q_stride must be three numbers above 0"),
+    (lambda: MViTSize(kv_stride=(1,0,2)), "kv_stride must be three numbers above 0"),
+    (lambda: MViTSize(num_frames=16), r"clips take patches of 3 numbers, got kernel \(7, 7\)"),
+    (lambda: MViTSize(patch_stride=(2,4,4)), "images take patches of 2 numbers"),
+    (lambda: RevViT(embed_dim=10, num_heads=3), "num_heads must divide embed_dim"),
+    (lambda: RevViT(global_pool='token'), "global_pool must be 'avg' or '', got 'token'"),
+    (lambda: RevViT(drop_path_rate=1.), "drop_path"),
+    (lambda: RevViT(img_size=100), "img_size must be a multiple of patch_size"),
+    (lambda: RevMViT(img_size=30), "the size must be a multiple of the patch stride: got 30x30 and 4x4"),
+    (lambda: tiny('clips', num_frames=3), "got 3x32x32 and 2x4x4"),
+    (lambda: tiny('vit').reset_classifier(-1), "num_classes must be 0 or more, got -1"),
+    (lambda: tiny('images').forward_intermediates(inputs('images'), output_fmt='NHWC'), "must be 'NCHW' or 'NLC', got 'NHWC'")])
+def test_impossible_sizes_and_options_are_refused(make, words):
+    with pytest.raises(ValueError, match=words): make()
+
+def test_options_arrive():
+    rates = dict(drop_rate=.1, proj_drop_rate=.2, attn_drop_rate=.3, drop_path_rate=.4, shared_drop_path=True, chunk=2, in_chans=1)
+    v = RevViT(embed_dim=16, num_heads=2, depth=3, mlp_ratio=1.5, qkv_bias=False, **rates)
+    f,g = v.blocks[1].f.fn,v.blocks[1].g.fn
+    assert (f.num_heads, f.qkv.bias, f.attn_drop.p, f.proj_drop.p, g.drop1.p, g.fc1.out_features)==(2, None, .3, .2, .2, 24)
+    assert (v.head_drop.p, v.blocks.chunk, v.patch_embed.proj.in_channels, v.blocks[1].shared_drop_path)==(.1, 2, 1, True)
+    assert [o.drop_path for o in v.blocks]==[0, .2, .4]
+    m = RevMViT(img_size=32, embed_dim=8, depth=5, stage_starts=(1,3), num_classes=0, mlp_ratio=2, drop_whole=True, **rates)
+    f,g = m.transitions[1].f.fn,m.transitions[1].g.fn
+    assert (m.head_drop.p, g.drop1.p, f.attn_drop.p, g.fc1.out_features, m.patch_embed.proj.in_channels)==(.1, .2, .3, 64, 1)
+    assert [(s.chunk, s[0].shared_drop_path) for s in m.stages]==[(2, True)]*3
+    assert [s[0].drop_path for s in m.stages]+[d.drop_prob for d in m.drops]==pytest.approx([0, .2, .4, .1, .3])
+    assert [d.drop_prob for d in tiny('images', drop_path_rate=.4).drops]==[0, 0]
+    b = mvit_block(8, 2, (1,3,3), (1,2,2), 1.5, False, .1, .2, drop_path=.3, shared_drop_path=True)
+    assert (b.f.fn.qkv.bias, b.f.fn.proj_drop.p, b.f.fn.attn_drop.p, b.g.fn.drop1.p)==(None, .1, .2, .1)
+    assert (b.g.fn.fc1.out_features, b.drop_path, b.shared_drop_path)==(12, .3, True)
+
+def test_lists_become_tuples():
+    args = dict(depth=4, stage_starts=[1,2], img_size=[32,64], embed_dim=8)
+    assert timm.create_model('revmvit_base_224', **args).model_args['stage_starts']==(1,2)
+    assert timm.create_model('revvit_tiny_patch16_224', img_size=[32,64], depth=1).model_args['img_size']==(32,64)
+
+@kinds
+def test_the_walk_by_hand(kind):
+    "Both streams begin as the tokens, in each stage; norm, mean, classifier; dropout before the classifier in training"
+    m,x = tiny(kind).eval().requires_grad_(False),inputs(kind)
+    t = m.tokens(x)
+    assert t.is_contiguous()
+    stacks,tails = ([m.blocks],[]) if kind=='vit' else (m.stages,m.transitions)
+    for i,stack in enumerate(stacks):
+        if i: assert t.shape[1:]==(2 if kind=='clips' else 1, 8>>i, 8>>i, 8<<i)
+        a = b = t
+        for block in stack: a,b = block(a, b)
+        if i<len(tails): t = tails[i](a, b)
+    fused = m.neck.fusion.norm(torch.cat((a,b), -1)).flatten(1, -2)
+    assert_close(m.forward_features(x), fused, rtol=1e-5, atol=1e-5)
+    assert_close(m(x), m.head(fused.mean(1)), rtol=1e-5, atol=1e-5)
+    m.head_drop.p,pooled = .5,fused.mean(1)
+    kept = torch.cat([m.train().forward_head(fused, pre_logits=True)/pooled for _ in range(20)]).round()
+    assert set(kept.unique().tolist())=={0,2} and .4<(kept==0).float().mean()<.6
+
+@kinds
+def test_streams_are_float32_under_autocast(kind):
+    m,x = tiny(kind),inputs(kind)
+    with torch.autocast('cpu', torch.bfloat16):
+        t = m.tokens(x)
+        assert (t.dtype, m.forward_features(x).dtype)==(torch.float32, torch.float32)
+        for o in getattr(m, 'transitions', [])[:1]: assert o(t, t).dtype==torch.float32
+
+def test_halves_of_different_sizes():
+    m,x = tiny('vit', 3, mlp_ratio=1.5).double(),inputs('vit', dtype=torch.float64)
+    check_grads(m, x)
+    def saliency(on):
+        m.eval().set_reversible(on)
+        xi = x.clone().requires_grad_()
+        return torch.autograd.grad(m(xi)[:,0].sum(), xi)[0]
+    assert_close(saliency(True), saliency(False), rtol=1e-10, atol=1e-12)
+
+@pytest.mark.parametrize('on, training', [(True,False), (True,True), (False,True)])
+@kinds
+def test_intermediates_draw_what_a_forward_pass_draws(kind, on, training):
+    "With drop path and dropout: the last one is `forward_features`' result, maps and tokens hold the same numbers"
+    more = dict(drop_whole=True) if kind!='vit' else {}
+    m,x = tiny(kind, drop_path_rate=.4, proj_drop_rate=.1, **more).train(training),inputs(kind)
+    m.set_reversible(on)
+    def seeded(fn, *args, **kw):
+        torch.manual_seed(3)
+        return fn(*args, **kw)
+    want = seeded(m.forward_features, x)
+    end,(a,b) = seeded(m.forward_intermediates, x, [1,-1], norm=True, output_fmt='NLC')
+    maps = seeded(m.forward_intermediates, x, [1,-1], norm=True, intermediates_only=True)
+    for o in (end, b): assert_close(o, want, rtol=1e-4, atol=1e-5)
+    assert_close(maps[0].flatten(2).transpose(1, 2), a, rtol=1e-5, atol=1e-5)
+
+@kinds
+def test_intermediates_stop_early_and_take_no_images(kind):
+    m,x = tiny(kind).eval(),inputs(kind)
+    end,(o,) = m.forward_intermediates(x, [0], stop_early=True, output_fmt='NLC')
+    if kind=='vit': assert_close(end, m.neck.fusion.norm(o), rtol=0, atol=1e-5)
+    else: assert torch.equal(end, o)
+    assert len(m.forward_intermediates(x[:0], 1)[1][0])==0
+
+@kinds
+def test_model_args_rebuild_the_model(kind):
+    m,x = tiny(kind, drop_path_rate=.1),inputs(kind)
+    m.reset_classifier(3)
+    fresh = type(m)(**m.model_args)
+    fresh.load_state_dict(m.state_dict())
+    assert torch.equal(fresh.eval()(x), m.eval()(x)) and m(x).shape==(3,3)
+
+@every
+def test_full_size_shapes(name):
+    "Without numbers"
+    with torch.device('meta'): m,clip = timm.create_model(name).eval(),'16x4' in name
+    x = torch.empty(2, 3, *((16,) if clip else ()), 224, 224, device='meta')
+    assert m(x).shape==(2, 400 if clip else 1000)
+    assert m.forward_features(x).shape==(2, 196 if 'revvit' in name else 49*4**(4-len(m.stages))*(8 if clip else 1), m.num_features)
+
+def test_fx_sees_a_stack_as_one_step():
+    m,x = tiny('vit', 3).eval(),inputs('vit')
+    out = create_feature_extractor(m, ['blocks','head'])(x)
+    assert_close(out['blocks'], m.forward_head(m.forward_features(x), pre_logits=True), rtol=1e-5, atol=1e-5)
+    def grads(y): return torch.autograd.grad(y.square().sum(), list(m.parameters()))
+    for a,b in zip(grads(out['head']), grads(m(x))): assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+def test_two_transitions_in_a_row_keep_what_any_two_stages_do():
+    m,x = timm.create_model('revmvit_base_224', depth=4, stage_starts=(1,2), chunk=1),torch.randn(1, 3, 224, 224)
+    streams = [2*n*n*d*4 for n,d in ((56,96), (28,192), (14,384))]              # bytes, float32
+    assert saved_bytes(lambda: m(x), m, x)==sum(streams) + 4*m.num_features
+
+@pytest.mark.parametrize('name', ['transitions.0.f.fn.pool_q.conv.weight', 'stages.0.0.g.fn.fc1.weight'])
+def test_a_weight_changed_in_between_is_refused_in_a_plain_stage_too(name):
+    m = tiny('images')
+    m.stages[0].set_reversible(False)
+    loss = m(inputs('images')).square().mean()
+    with torch.no_grad(): m.get_parameter(name).mul_(1.1)
+    with pytest.raises(RuntimeError, match='changed between forward and backward|modified by an inplace'): loss.backward()
+
+# ---------------------------------------------------------------- names of published tensors, and what timm's loader is given
+
+slowfast_names = {
+    'rev_backbone.layers.0.F.attn.pool_k.weight': 'stages.0.0.f.fn.pool_k.conv.weight',
+    'rev_backbone.layers.1.F.attn.norm_q.bias': 'transitions.0.f.fn.pool_q.norm.bias',
+    'rev_backbone.layers.2.G.mlp.fc1.weight': 'stages.1.0.g.fn.fc1.weight',
+    'rev_backbone.layers.13.F.norm.weight': 'stages.2.9.f.norm.weight',
+    'rev_backbone.layers.14.res_proj.bias': 'transitions.2.proj.bias',
+    'rev_backbone.layers.3.pre_q_fuse.fuse_fn.fc2.weight': 'transitions.1.fuse.mlp.fc2.weight',
+    'rev_backbone.layers.15.F.attn.qkv.weight': 'stages.3.0.f.fn.qkv.weight',
+    'pos_embed_spatial': 'pos_embed', 'pos_embed_temporal': 'pos_embed_temporal',
+    'norm.bias': 'neck.fusion.norm.bias', 'head.projection.bias': 'head.bias'}
+vit_names = {
+    'rev_backbone.layers.11.G.mlp.fc2.bias': 'blocks.11.g.fn.fc2.bias', 'norm.bias': 'neck.fusion.norm.bias',
+    'backbone.layers.3.ffn.layers.0.0.weight': 'blocks.3.g.fn.fc1.weight', 'backbone.ln1.bias': 'neck.fusion.norm.bias',
+    'backbone.layers.0.ln1.weight': 'blocks.0.f.norm.weight', 'backbone.layers.0.ln2.weight': 'blocks.0.g.norm.weight',
+    'backbone.patch_embed.projection.bias': 'patch_embed.proj.bias', 'backbone.pos_embed': 'pos_embed',
+    'head.projection.weight': 'head.weight', 'head.fc.bias': 'head.bias',
+    'pos_embed_spatial': 'pos_embed_spatial'}
+
+@pytest.mark.parametrize('theirs, ours, starts', [*((a, b, (1,3,14)) for a,b in slowfast_names.items()), *((a, b, None) for a,b in vit_names.items())])
+def test_published_names(theirs, ours, starts): assert our_name(theirs, starts)==ours
+
+@kinds
+def test_our_names_and_unknown_ones_stay(kind):
+    m = tiny(kind)
+    keys,starts = list(m.state_dict()),m.model_args.get('stage_starts')
+    assert [our_name(o, starts) for o in keys]==keys
+    assert our_name('rev_backbone.layers.0.H.weight', starts)=='rev_backbone.layers.0.H.weight'
+
+@pytest.mark.parametrize('content', [dict(a=1), dict(model_state=dict(a=1), epoch=3), dict(state_dict={'module.a':1}, meta={}), dict(model={'module._orig_mod.a':1}, opt=None)])
+def test_tensors_are_found_where_programs_put_them(content):
+    def filled(o): return {k: filled(v) if isinstance(v, dict) else torch.zeros(1) if v==1 else v for k,v in o.items()}
+    assert list(tensors_in(filled(content)))==['a']
+
+@pytest.mark.parametrize('content, words', [(dict(epoch=3, weights={}), 'but found epoch, weights'), (dict(state_dict={}), 'but found nothing'), ({}, 'but found nothing')])
+def test_content_without_tensors_is_refused(content, words):
+    with pytest.raises(ValueError, match=words): tensors_in(content)
+
+def as_slowfast(weights, dim):
+    "Tensors of a Rev-ViT as SlowFast writes them"
+    out = {}
+    for k,v in weights.items():
+        k = re.sub(r'^head\.', 'head.projection.', re.sub(r'^neck\.fusion\.', '', k))
+        k = re.sub(r'^blocks\.(\d+)\.f\.fn\.', r'rev_backbone.layers.\1.F.attn.', k)
+        k = re.sub(r'^blocks\.(\d+)\.g\.fn\.', r'rev_backbone.layers.\1.G.mlp.', k)
+        k = re.sub(r'^blocks\.(\d+)\.([fg])\.', lambda o: f'rev_backbone.layers.{o[1]}.{o[2].upper()}.', k)
+        out |= {k.replace('qkv', q): p for q,p in zip('qkv', v.split(dim))} if 'qkv' in k else {k: v}
+    return dict(epoch=0, model_state=out, optimizer_state={}, cfg='')
+
+def test_slowfasts_tensors_arrive_where_they_belong():
+    m = tiny('vit', 2)
+    sd,theirs = m.state_dict(),as_slowfast(m.state_dict(), 24)
+    assert 'rev_backbone.layers.1.F.attn.k.bias' in theirs['model_state'] and 'norm.weight' in theirs['model_state']
+    for source in (sd, theirs, dict(state_dict=sd)):
+        got = checkpoint_filter_fn(source, m)
+        assert got.keys()==sd.keys() and all(torch.equal(got[k], sd[k]) for k in sd)
+    joined = {f'rev_backbone.layers.0.F.attn.{o}.weight': torch.full((2,2), i) for i,o in enumerate('qkv')}
+    got = checkpoint_filter_fn(joined, tiny('images'))
+    assert {k: v[:,0].tolist() for k,v in got.items()}=={'stages.0.0.f.fn.qkv.weight': [0,0,1,1,2,2]}
+
+def test_position_vectors_of_another_size_are_resampled():
+    m,wide,tall = tiny('vit', 2),tiny('vit', 2, img_size=(32,64)),tiny('vit', 2, img_size=(64,32))
+    got = checkpoint_filter_fn(m.state_dict(), wide)['pos_embed']
+    assert_close(got, resample_abs_pos_embed(m.pos_embed, [4,8], [4,4], 0), rtol=0, atol=0)
+    turned = checkpoint_filter_fn(wide.state_dict(), tall, grid=(4,8))['pos_embed']
+    assert_close(turned, resample_abs_pos_embed(wide.pos_embed, [8,4], [4,8], 0), rtol=0, atol=0)
+    for o in (m, tiny('clips')): # no grid: left for the strict comparison to refuse
+        assert checkpoint_filter_fn(dict(pos_embed=torch.zeros(1, 15, 8)), o)['pos_embed'].shape==(1,15,8)
+
+def test_places_and_times_of_a_clip_are_resampled():
+    m,other = tiny('clips'),tiny('clips', img_size=(32,48), num_frames=8)
+    got = checkpoint_filter_fn({f'module.{k}': v for k,v in m.state_dict().items()}, other)
+    assert_close(got['pos_embed'], resample_abs_pos_embed(m.pos_embed, [8,12], [8,8], 0), rtol=0, atol=0)
+    want = nn.functional.interpolate(m.pos_embed_temporal.transpose(1, 2), 4, mode='linear').transpose(1, 2)
+    assert_close(got['pos_embed_temporal'], want, rtol=0, atol=0)
+    other.load_state_dict(got)
+    back = checkpoint_filter_fn(other.state_dict(), m, grid=(4,8,12))
+    assert (back['pos_embed'].shape, back['pos_embed_temporal'].shape)==((1,64,8), (1,2,8))
+
+def test_a_published_kernel_without_a_reach_in_time_is_flattened():
+    "For images SlowFast's pooling kernels have a time axis of one; ours have none, and of clips all keep theirs"
+    for kind,shape in (('images',(8,1,3,3)), ('clips',(8,1,3,3,3))):
+        m = tiny(kind)
+        k,v = next((k,v) for k,v in m.state_dict().items() if k.endswith('pool_k.conv.weight'))
+        got = checkpoint_filter_fn({k: v.reshape(8, 1, -1, 3, 3)}, m)[k]
+        assert got.shape==v.shape==shape and torch.equal(got, v)
+
+def test_only_clips_have_times():
+    args = dict(img_size=32, embed_dim=8)
+    assert 'frame_stride' not in timm.create_model('revmvit_tiny_224', **args).pretrained_cfg
+    m = timm.create_model('revmvit_tiny_16x4_224', num_frames=4, pretrained_cfg_overlay=dict(frame_stride=2), **args)
+    assert [m.pretrained_cfg[k] for k in ('input_size','frame_stride','frame_rate')]==[(3,4,224,224), 2, 30]
+    with pytest.raises(TypeError): timm.create_model('revvit_tiny_patch16_224', pretrained_cfg_overlay=dict(frame_stride=2))

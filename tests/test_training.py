@@ -6,7 +6,8 @@ from pathlib import Path
 import av, numpy as np, pytest, torch
 from PIL import Image
 from fastai.vision.all import Callback
-from revvit.models.checkpoints import load_model, read_checkpoint
+from revvit.models.checkpoints import load_model
+from revvit.models.files import read_checkpoint
 from revvit.data.digits import digits_dls
 from revvit.training.resume import keep_state, states
 from revvit.training.recipes import recipe_dls, recipes

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Schedule', 'rate_scheduler', 'SeedRun', 'MixLoss', 'MixBatches', 'WeightAverage', 'is_searching', 'NonFiniteError',
-           'unwrapped', 'StopOnNonFinite', 'SaveCheckpoint', 'write_text', 'RunLog', 'LossLater', 'PlainLog']
+           'unwrapped', 'StopOnNonFinite', 'SaveCheckpoint', 'RunLog', 'LossLater', 'PlainLog']
 
 # %% ../../nbs/training/31_callbacks.ipynb #e040a558
 import math, sys
@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastai.vision.all import (AvgSmoothLoss, Callback, CancelFitException, CSVLogger, LabelSmoothingCrossEntropyFlat,
     MixedPrecision, ParamScheduler, ProgressCallback, Recorder, noop, num_distrib, rank_distrib, set_seed, to_detach)
 from ..models.checkpoints import save_checkpoint
+from ..models.files import write_file
 from .recipes import warmup_cosine
 
 # %% ../../nbs/training/31_callbacks.ipynb #9d8b1588
@@ -229,20 +230,6 @@ class SaveCheckpoint(Callback):
         self.trained = False
 
 # %% ../../nbs/training/31_callbacks.ipynb #d85b6668
-def write_text(
-    path:str|Path, # File to write, or to replace in one step
-    text:str, # What it shall hold
-):
-    "Write a small text file, all of it or nothing"
-    path = Path(path)
-    new = path.with_name(f'.{path.name}.tmp')
-    try:
-        new.write_text(text, encoding='utf8')
-        new.replace(path)
-    except OSError as e: raise OSError(e.errno, e.strerror, str(path)) from e   # a full disk does not say which file
-    finally:
-        if new.exists(): new.unlink()
-
 class RunLog(Callback):
     "Write the table of all epochs that trained to `history.csv`"
     order = CSVLogger.order
@@ -255,7 +242,8 @@ class RunLog(Callback):
     def after_epoch(self):
         if self.trained:
             self.rows.append([str(o) for o in self.recorder.log])
-            write_text(self.path/'history.csv', '\n'.join(','.join(o) for o in [self.recorder.metric_names, *self.rows])+'\n')
+            table = [self.recorder.metric_names, *self.rows]
+            write_file(self.path/'history.csv', ''.join(','.join(o)+'\n' for o in table))
         self.trained = False
 
 # %% ../../nbs/training/31_callbacks.ipynb #aa612a0a

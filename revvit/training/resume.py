@@ -17,7 +17,8 @@ from timm.utils import ModelEmaV3
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
-from ..models.checkpoints import CheckpointError, read_checkpoint, save_checkpoint
+from ..models.checkpoints import save_checkpoint
+from ..models.files import CheckpointError, read_checkpoint
 from .distributed import from_first
 from .callbacks import is_searching, rate_scheduler, unwrapped
 

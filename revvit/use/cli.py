@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import get_args
 from fastcore.docments import docments
 import revvit
+from ..models.files import check_local, write_file
 
 # %% ../../nbs/use/43_cli.ipynb #9cd23c57
 class _Parser(argparse.ArgumentParser):
@@ -78,9 +79,8 @@ def _leave_pipe():
 
 def _check_words(args):
     "Refuse addresses, and numbers of which at least one is needed"
-    from revvit.models.checkpoints import _check_local
     for o in args.values():
-        if isinstance(o, Path): _check_local(o)
+        if isinstance(o, Path): check_local(o)
     for k in ('top', 'views', 'chunk', 'batch_size', 'threads', 'save_steps'):
         if args.get(k) is not None and args[k]<1: raise ValueError(f"{k} must be 1 or more, got {args[k]}")
     if (args.get('workers') or 0)<0: raise ValueError(f"workers must be 0 or more, got {args['workers']}")
@@ -162,15 +162,6 @@ def _newest(name='checkpoint.pth'):
     return max(found, key=os.path.getmtime)
 
 # %% ../../nbs/use/43_cli.ipynb #0864760e
-def _write(path, data):
-    "Write a small file, text or bytes, in one step"
-    new = path.with_name(f'.{path.name}.tmp')
-    try:
-        new.write_bytes(data if isinstance(data, bytes) else data.encode())
-        os.replace(new, path)
-    except OSError as e: raise OSError(e.errno, e.strerror, str(path)) from e
-    finally: new.unlink(missing_ok=True)
-
 def _settings(r):
     "The recipe for `config.json`"
     what = asdict(r)
@@ -347,7 +338,7 @@ def _train(learn, r, out, resume, save_steps, save_minutes, told):
             print(f"{out}: {on if t['epoch']<r.epochs else f'all {r.epochs} epochs are done, nothing is left to train'}")
         cfg = _config(r, learn, **told)
         for k,v in cfg.items(): print(f'{k:16} {v}')
-        _write(out/'config.json', dumps(cfg, indent=1))
+        write_file(out/'config.json', dumps(cfg, indent=1))
     took = _fit(learn, r.epochs, out/'checkpoint.pth')
     return None if rank_distrib() else took
 
@@ -433,7 +424,7 @@ def revvit_predict(
         best = sorted(zip(probs.tolist(), names), reverse=True)[:top]
         if not json: print(f"{f}: {', '.join(f'{n} ({100*p:.1f} %)' for p,n in best)}", flush=True)
     if json: print(dumps(answers, indent=1))
-    if features and feats: _write(features, _npz({k: v.float().numpy() for k,v in feats.items()}))
+    if features and feats: write_file(features, _npz({k: v.float().numpy() for k,v in feats.items()}))
     return code
 
 # %% ../../nbs/use/43_cli.ipynb #9281cdb2
@@ -496,7 +487,7 @@ def _results_file(out, device):
     out = out or (o if (o := Path('nbs')/'results').is_dir() else Path('.'))
     out.mkdir(parents=True, exist_ok=True)
     path = out/f"{time.strftime('%Y-%m-%d-%H%M%S')}-{device.type}.json"
-    _write(path, '')
+    write_file(path, '')
     path.unlink()
     return path
 
@@ -530,7 +521,7 @@ def revvit_bench(
     path,state = _results_file(out, device),{}
     def done(record):
         state.update(record)
-        _write(path, dumps(record, indent=1))
+        write_file(path, dumps(record, indent=1))
         if not json: _show_group(record)
     try: benchmark(groups, device, title, typed, memory*1e9, minutes, threads, done)
     except KeyboardInterrupt:

@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.models.video import MViT_V1_B_Weights
 from tqdm import tqdm
-from ..models.checkpoints import _check_local, _compare, _translated, input_settings, load_checkpoint, load_model, read_checkpoint
+from ..models.files import check_local, read_checkpoint
+from ..models.checkpoints import classes_and_fit, input_settings, load_checkpoint, load_model
 from ..core.device import pick_device
 from ..models.mvit import RevMViT
 from ..models.vit import RevViT
@@ -50,7 +51,7 @@ def _views(model, path, views):
     "What `model` sees of a file: (views, C, T, H, W), or an image as (1, C, H, W)"
     from revvit.data.loader import image_suffixes
     from revvit.data.video_file import is_video
-    _check_local(path)
+    check_local(path)
     if _is_clip(model):
         if Path(path).suffix.lower() in image_suffixes:
             raise ValueError(f"{path}: an image, but the model takes clips of {model.num_frames} frames")
@@ -98,9 +99,7 @@ def model_name(
 def _fit(path, name, content):
     "Classes in a file of foreign weights (None without classifier), and whether all else is as in model `name`"
     with torch.device('meta'): m = timm.create_model(name)
-    tensors,grids = _translated(m, content, path, False)
-    head = tensors.get('head.weight')
-    return None if head is None else head.shape[0], not (grids or _compare(path, tensors, m, new_head=True).problems())
+    return classes_and_fit(m, content, path)
 
 def _recognise(path, content):
     "Name and number of classes of the model of ours that the tensors in a file fit"
