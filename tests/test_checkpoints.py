@@ -5,13 +5,16 @@ Three families (Rev-ViT, Rev-MViT for images and for clips), every kind of file 
 import collections, functools, io, json, os, pickle, random, resource, runpy, shutil, signal, subprocess, time, zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
 import revvit
+from PIL import Image
 from timm.models import save_for_hf
-from revvit.models.checkpoints import input_settings, load_checkpoint, load_model, save_checkpoint
+from torchvision import transforms
+from revvit.models.checkpoints import _stored_grid, input_settings, load_checkpoint, load_model, save_checkpoint
 from revvit.models.files import CheckpointError, read_checkpoint, seal, write_checkpoint
 from revvit.use.inference import get_model
 from revvit.models.mvit import RevMViT
@@ -25,7 +28,8 @@ families = dict( # class, arguments (those of the publishers' tiny cases), timm'
     mvit=(RevMViT, dict(img_size=64, embed_dim=16, depth=6, stage_starts=(1,3), num_classes=10), 'revmvit_tiny_224'),
     clips=(RevMViT, dict(img_size=32, embed_dim=16, depth=6, stage_starts=(1,3), num_classes=10, **film), 'revmvit_tiny_16x4_224'))
 published = dict(vit=dict(official='rev_vit_tiny', mmpretrain='mmpretrain_revvit_tiny'), mvit=dict(official='rev_mvit_tiny'), clips=dict(official='rev_mvit_video_tiny'))
-kinds = {k: [*published[k], 'own', 'bare', 'safetensors', 'hub', 'hub-safe'] for k in families}
+kinds = {k: [*published[k], 'own', 'bare', 'safetensors', 'hub', 'hub-safe'] for k in families}   # and for vit what training programs wrap
+kinds['vit'].append('wrapped')
 both = pytest.mark.parametrize('family', families)
 every = pytest.mark.parametrize('family,kind', [(f,k) for f in families for k in kinds[f]])
 
@@ -60,6 +64,7 @@ def files(tmp_path_factory):
             torch.save(dict(epoch=3, model_state=tensors_of(name), optimizer_state={}, cfg='TRAIN:') if kind=='official' else dict(meta={}, state_dict=tensors_of(name)), d/kind)
         save_checkpoint(m, d/'own', class_names='abcdefghij')
         torch.save(m.state_dict(), d/'bare')
+        torch.save({f'module._orig_mod.{k}': v for k,v in m.state_dict().items()}, d/'wrapped')
         safetensors.torch.save_file(m.state_dict(), d/'safetensors')
         for kind in ('hub','hub-safe'): save_for_hf(m, d/kind, model_args=m.model_args, model_config=dict(label_names=[*'abcdefghij']), safe_serialization=kind=='hub-safe')
     return top
@@ -422,6 +427,97 @@ def test_R31_new_classes_and_sizes_are_asked_for_and_reported(files, tmp_path, f
         old = snapshot(other)
         with pytest.raises(CheckpointError, match='does not fit'): load_checkpoint(other, tmp_path/'odd.pth', new_head=True, new_size=True)
         assert same(other, old)
+
+def test_R31_what_is_no_model_of_ours_is_not_filled(files):
+    "Another module, a model inside a wrapper, and one without numbers"
+    with torch.device('meta'): nowhere = build('vit')
+    cases = ((torch.nn.Linear(1, 1), 'cannot fill a Linear: expected a RevViT or RevMViT, without a wrapper'),
+             (torch.nn.Sequential(build('vit')), 'cannot fill a Sequential'), (nowhere, 'on the meta device, where it has no numbers'))
+    for m,words in cases:
+        with pytest.raises(ValueError, match=words): load_checkpoint(m, files/'vit'/'own')
+
+def test_R31_a_shallower_model_and_content_without_tensors(files, tmp_path):
+    m = build('vit', depth=3)
+    old = snapshot(m)
+    with pytest.raises(CheckpointError, match='12 tensors only in the file: blocks.3.f.norm.weight'): load_checkpoint(m, files/'vit'/'own')
+    torch.save(dict(epoch=3), tmp_path/'no.pth')
+    with pytest.raises(CheckpointError, match='no.pth: expected tensors by name'): load_checkpoint(m, tmp_path/'no.pth')
+    assert same(m, old)
+
+@pytest.mark.parametrize('family, other', [('vit','clips'), ('clips','vit'), ('mvit','clips'), ('clips','mvit')])
+def test_R31_a_file_for_one_kind_of_model_is_no_file_for_the_other(files, family, other):
+    m = build(family)
+    old = snapshot(m)
+    with pytest.raises(CheckpointError, match=f'does not fit this {type(m).__name__}'):
+        load_checkpoint(m, files/other/'own', new_head=True, new_size=True)
+    assert same(m, old)
+
+def test_R31_a_model_without_a_classifier(files):
+    left = load_checkpoint(build('vit', num_classes=0), files/'vit'/'own', new_head=True).left
+    assert left==[('head.weight', (10,96), None), ('head.bias', (10,), None)]
+
+def test_R31_a_turned_grid_of_as_many_patches(tmp_path):
+    "Our files know their grid: 4x8 into 8x4 is noticed, left alone in loose mode, and resampled when asked for"
+    wide,tall = build('vit', img_size=(32,64)),build('vit', img_size=(64,32))
+    file,drawn = save_checkpoint(wide, tmp_path/'wide.pth'),tall.pos_embed.clone()
+    with pytest.raises(CheckpointError, match='from 4x8 to 8x4 patches'): load_checkpoint(tall, file)
+    load_checkpoint(tall, file, strict=False)
+    assert torch.equal(tall.pos_embed, drawn)
+    assert load_checkpoint(tall, file, new_size=True).resampled==((4,8),(8,4))
+    want = timm.layers.resample_abs_pos_embed(wide.pos_embed, [8,4], [4,8], 0)
+    torch.testing.assert_close(tall.pos_embed, want, rtol=0, atol=0)
+
+v = torch.zeros(1, 16, 2)
+grids = [({'backbone.pos_embed': v}, (2,8), (2,8)), ({'pos_embed': v}, (5,8), (4,4)), ({'head.bias': v}, (5,8), (5,8)),
+         ({'pos_embed_spatial': v, 'pos_embed_temporal': v}, (8,5,8), (16,4,4))]
+
+@pytest.mark.parametrize('stored, new, want', grids, ids=['own','square','none','times'])
+def test_the_grid_of_a_published_file_is_the_models_or_a_square(stored, new, want): assert _stored_grid(stored, new)==want
+
+# our own files
+
+def test_what_a_file_of_ours_says_goes_with_the_model(tmp_path):
+    "Class names and settings, on through another file; the names are gone with the classes, also when there are as many again"
+    m = build('vit', num_classes=5)
+    own = save_checkpoint(m, tmp_path/'own.pth', class_names='abcde', input_settings=dict(mean=(.5,.5,.5), interpolation='bilinear'))
+    back = load_model(own)
+    cfg = timm.data.resolve_model_data_config(back)
+    assert (back.pretrained_cfg['label_names'], cfg['mean'], cfg['interpolation'], back.training)==([*'abcde'], (.5,.5,.5), 'bilinear', False)
+    first,second = read_checkpoint(own),read_checkpoint(save_checkpoint(back, tmp_path/'second.pth'))
+    assert all(first[k]==second[k] for k in ('input_settings','class_names'))
+    assert 'revvit.models' not in repr({k: o for k,o in first.items() if k!='state_dict'})
+    for n in (5, 2):
+        other = load_model(own)
+        other.reset_classifier(n)
+        assert read_checkpoint(save_checkpoint(other, tmp_path/'other.pth'))['class_names'] is None
+    with pytest.raises(ValueError, match='2 class names for 5 classes'): save_checkpoint(m, own, class_names='ab')
+    with pytest.raises(ValueError, match='cannot save a Linear: it does not say how it was built'): save_checkpoint(torch.nn.Linear(1, 1), own)
+    with pytest.raises(ValueError, match="unknown input settings .'avg'.: expected some of"): input_settings(m, avg=3)
+
+@pytest.mark.parametrize('change, words', [(dict(model='Net'), 'holds a Net, version 1: this revvit knows RevViT, RevMViT, version 1'),
+    (dict(version=2), 'version 2'), (dict(model_args=dict(wings=2)), 'cannot build the RevViT'), (dict(format='x'), 'was not written by save_checkpoint')])
+def test_a_file_from_another_time_is_refused(files, tmp_path, change, words):
+    write_checkpoint(tmp_path/'odd.pth', dict(read_checkpoint(files/'vit'/'own'), **change))
+    with pytest.raises(CheckpointError, match=words) as error: load_model(tmp_path/'odd.pth')
+    one_sentence(error, tmp_path/'odd.pth')
+
+@pytest.mark.parametrize('change, words', [(dict(architecture='resnet18', model_args={}, pretrained_cfg={}), 'holds a ResNet: this revvit knows RevViT, RevMViT'),
+    (dict(architecture='nose'), 'Unknown model'), (dict(model_args=dict(wings=2)), 'wings'), ('{"a', 'config.json describes: JSONDecodeError')], ids=['resnet','unknown','wings','cut'])
+def test_a_hub_folder_of_another_kind_is_refused(files, tmp_path, change, words):
+    shutil.copytree(files/'vit'/'hub', tmp_path/'hub')
+    config = tmp_path/'hub'/'config.json'
+    config.write_text(change if isinstance(change, str) else json.dumps({**json.loads(config.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=words): load_model(tmp_path/'hub')
+
+def test_timm_prepares_images_as_the_publishers_do():
+    "Short side to 256, bicubic, the central 224, mean and standard deviation: by hand, and from the settings of each published model"
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300,400,3), np.uint8))
+    steps = transforms.Resize(256, transforms.InterpolationMode.BICUBIC),transforms.CenterCrop(224),transforms.ToTensor()
+    want = transforms.Compose([*steps, transforms.Normalize((.485,.456,.406), (.229,.224,.225))])(picture)
+    for name in timm.list_pretrained('rev*vit*in1k'):
+        with torch.device('meta'): m = timm.create_model(name)
+        for cfg in (timm.data.resolve_model_data_config(m), input_settings(m)):
+            torch.testing.assert_close(timm.data.create_transform(**cfg)(picture), want, rtol=0, atol=0)
 
 # Hub folders and settings
 

@@ -6,7 +6,7 @@ from unittest import mock
 
 import numpy as np, pytest, torch
 from fastai.vision.all import Callback, CancelFitException, GradientClip
-from revvit.models.checkpoints import read_checkpoint
+from revvit.models.files import read_checkpoint
 from revvit.data.digits import digits_dls
 from revvit.training.resume import keep_state, states
 from revvit.training.recipes import recipes
