@@ -8,7 +8,7 @@ __all__ = ['row_budget', 'chunk_size', 'ReversibleBlock', 'ReversibleSequence']
 # %% ../../nbs/core/04_engine.ipynb #b080f55c
 import threading, torch, warnings
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby
 from weakref import WeakSet
 from fastcore.basics import patch
@@ -70,27 +70,26 @@ class _Fused(Call):
     def each(self, x):
         self.kernel.begin()
         for rows in self.parts:
-            (part,),n = take((x,), rows)
-            if not n: continue
-            yield rows,self.scaled(self.kernel.forward(part))
+            part = part_of(x, rows)
+            if len(part): yield rows,self.scaled(self.kernel.forward(part))
         self.kernel.end()
 
     def prepare(self, needs):
         self.record.check(self.name)
         self.kernel.begin()
-        amp,self.wanted = amp_dtype(self.device),needs
-        off = partial(torch.autocast, self.device.type, enabled=False)
-        self.off = nullcontext if amp in (None,self.kernel.dtype) else off
+        self.wanted,self.off = needs,nullcontext()
+        amp = amp_dtype(self.device)
+        if amp not in (None,self.kernel.dtype): self.off = torch.autocast(self.device.type, enabled=False)
 
     def vjp(self, i, xs, d, wanted=True):
         part = part_of(xs[0], self.parts[i])
         if not part.shape[0]:
             return part[:0],[part[:0]],[torch.zeros_like(p) if w else None for p,w in zip(self.params, self.wanted)]
-        with self.off(): o,gx,grads = self.kernel.vjp(part, self.scaled(d.to(self.kernel.dtype)), wanted)
+        with self.off: o,gx,grads = self.kernel.vjp(part, self.scaled(d.to(self.kernel.result)), wanted)
         gp = [None]*len(self.params)
         for k,g in zip(self.where, grads):
             if self.wanted[k]: gp[k] = g if gp[k] is None else gp[k]+g
-        return self.scaled(o) if wanted else None,[gx],gp
+        return self.scaled(o) if wanted else None,(gx,),gp
 
     def done(self): self.kernel.end()
 
@@ -147,13 +146,14 @@ def _sum(acc, new, taken):
 def _half_back(call, src, dst, dsrc, ddst, needs, exact, used=True, rebuild=True):
     "Undo `dst += m(src)` and add the gradient of `src` to `dsrc`; the parameters' gradients, and whether `src` has one"
     call.prepare(needs)
-    fed,acc,taken,before = False, [None]*len(needs),{o.untyped_storage().data_ptr() for o in (ddst,dsrc)},users(src)
+    fed,acc,before,taken = False,[None]*len(needs),users(src),None
+    if not isinstance(call, _Fused): taken = {o.untyped_storage().data_ptr() for o in (ddst,dsrc)}
     for i in reversed(range(len(call.parts))):
         rows = call.parts[i]
         o,(gx,),gp = call.vjp(i, (src,), part_of(ddst, rows), rebuild)
         if rebuild: add_(dst, rows, o, -1, exact)
         if gx is not None and used: fed = add_(dsrc, rows, gx, 1, False) or True
-        if used: _sum(acc, gp, None if isinstance(call, _Fused) else taken)
+        if used: _sum(acc, gp, taken)
         del o,gx,gp
     call.done()
     _leave(src, before)
@@ -214,7 +214,7 @@ class _Pieces(Function):
                                "call set_reversible(False, exact=False)")
         with torch.autocast(d.device.type, enabled=False):
             k.begin()
-            _,gx,grads = k.vjp(x, d.to(k.dtype), False)
+            _,gx,grads = k.vjp(x, d.to(k.result), False)
             k.end()
         return gx,None,*grads
 
@@ -353,18 +353,18 @@ class _Tape:
         if self.start is not None and self.y1 is not None: self.start.compare(self.start.errors((self.y1,self.y2)))
         self.clear()
 
-    @contextmanager
-    def guard(self):
-        "Take back new gradients if something goes wrong, an interrupt included"
-        try:
-            if self.task!=graph_task():
-                raise RuntimeError("two backward passes through one reversible run at a time: "
-                                   "finish one before the next")
-            yield
-        except BaseException:
-            for p in self.fresh: p.grad = None
-            self.clear()
-            raise
+    def __enter__(self):
+        if self.task==graph_task(): return
+        self.undo()
+        raise RuntimeError("two backward passes through one reversible run at a time: finish one before the next")
+
+    def __exit__(self, kind, *args):
+        if kind: self.undo()   # an interrupt too
+
+    def undo(self):
+        "Take back new gradients after something went wrong"
+        for p in self.fresh: p.grad = None
+        self.clear()
 
 # %% ../../nbs/core/04_engine.ipynb #16072612
 class _Enter(Function):
@@ -380,7 +380,7 @@ class _Enter(Function):
         return xs
     @staticmethod
     def backward(ctx, d1, d2):
-        with ctx.tape.guard(): ctx.tape.finish()
+        with ctx.tape: ctx.tape.finish()
         return d1,d2,None
 
 class _Block(Function):
@@ -399,7 +399,7 @@ class _Block(Function):
     def backward(ctx, d1, d2):
         t,f,g,ds = ctx.tape,ctx.f,ctx.g,[d1,d2]
         needs,k,used = ctx.needs_input_grad[6:],len(f.params),[d is not None for d in ds]
-        with t.guard():
+        with t:
             d1,d2 = (torch.zeros_like(y) if d is None else d for d,y in zip(ds, (t.y1,t.y2)))
             gg,fed = _half_back(g, t.y1, t.y2, d1, d2, needs[k:], t.exact, used[1], not ctx.keep)
             if ctx.keep: t.y2.copy_(ctx.saved_tensors[0])
@@ -444,7 +444,7 @@ class _Tail(Function):
     @staticmethod
     def backward(ctx, d):
         ctx.tape.load(*ctx.saved_tensors, (d,))
-        with ctx.tape.guard():
+        with ctx.tape:
             d1,d2,gp = _tail_back(ctx.call, ctx.tape.y1, ctx.tape.y2, d, ctx.needs_input_grad[4:], ctx.start)
             if not any(ctx.needs_input_grad[:2]): ctx.tape.finish()
         return d1,d2,None,None,*gp
@@ -501,9 +501,9 @@ class ReversibleSequence(nn.ModuleList):
 @patch
 def _calls(self:ReversibleBlock, i, x, chunk):
     "`f` and `g` of the `i`-th block as calls on images like `x`, with drop path drawn"
-    scale = 1/(1-self.drop_path) if self.training else 1.
-    halves = zip('fg', (self.f,self.g), self._survivors(x))
-    return [_call(m, f'{n} of block {i}', x, chunk, rows, scale) for n,m,rows in halves]
+    scale,(a,b) = 1/(1-self.drop_path) if self.training else 1.,self._survivors(x)
+    f = _call(self.f, f'f of block {i}', x, chunk, a, scale)
+    return f,_call(self.g, f'g of block {i}', x, chunk, b, scale)
 
 @patch
 def plan(self:ReversibleSequence,
@@ -531,11 +531,14 @@ def _run(self:ReversibleSequence, blocks, x1, x2, tail, tape, x2_of):
 # %% ../../nbs/core/04_engine.ipynb #78a55560
 _BLOCK_FORWARD = ReversibleBlock.forward
 
+@lru_cache(64)
+def _is_sharded(kind): return any('FSDP' in o.__name__ for o in kind.__mro__)
+
 def _why_stored(block):
     "Why a block must go by ordinary autograd, if it must"
     if global_hooks(): return 'there are hooks on all modules'
     hooks = block._forward_hooks or block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks
-    if any('FSDP' in o.__name__ for o in type(block).__mro__):
+    if _is_sharded(type(block)):
         return 'fully_shard was called on it (call it on the whole sequence instead)'
     if hooks: return 'there is a hook on it'
     if 'forward' in block.__dict__ or type(block).forward is not _BLOCK_FORWARD: return 'it has a forward of its own'

@@ -119,7 +119,7 @@ _REASONS = ("a state, mode or context that changed, a kernel that does not repea
 
 def _message(self, e):
     "A sentence, if an image came back as another one"
-    bad = ((e>=1)&e.isfinite()).nonzero().flatten().tolist()
+    bad = [] if e.amax()<1 else ((e>=1)&e.isfinite()).nonzero().flatten().tolist()
     if not bad: return
     which = f"image {bad[0]} of {len(e)} differs" if len(bad)==1 else f"image {bad[0]} and {len(bad)-1} more of {len(e)} differ"
     how = '' if self.exact else f" by {float(e[bad].max())*self.limit:.1g} of its size, where rounding explains {self.limit:.1g}"

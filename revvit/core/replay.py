@@ -6,15 +6,16 @@
 __all__ = ['graph_task', 'keeps_graph', 'ALL', 'private', 'is_batched', 'transforming', 'saving_is_hooked', 'global_hooks',
            'function_modes', 'users', 'rng_states', 'set_rng_states', 'rng_moved', 'Watch', 'unknown', 'learn',
            'may_draw', 'drew', 'draws', 'amp_dtype', 'same_autocast', 'Record', 'Lend', 'lent_now', 'part_of',
-           'equal_parts', 'take', 'Call', 'listened_to', 'recompute']
+           'equal_parts', 'take', 'Call', 'listened_to', 'Trained', 'as_trained', 'recompute']
 
 # %% ../../nbs/core/02_replay.ipynb #0a91b88a
 import gc, threading, torch, warnings, weakref
 from contextlib import nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from weakref import WeakSet
 from fastcore.basics import patch
 from torch import nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
@@ -187,19 +188,22 @@ def draws(
     return watch.drew
 
 # %% ../../nbs/core/02_replay.ipynb #b90f33fc
+@lru_cache
+def _knows_autocast(kind): return torch.amp.is_autocast_available(kind)
+
 def amp_dtype(
     device:torch.device, # Where a computation runs
 ): # What autocast computes in there; None if it is off
     "The type of autocast, if it is on"
     t = device.type
-    return torch.get_autocast_dtype(t) if torch.amp.is_autocast_available(t) and torch.is_autocast_enabled(t) else None
+    return torch.get_autocast_dtype(t) if _knows_autocast(t) and torch.is_autocast_enabled(t) else None
 
 def same_autocast(
     device:torch.device, # Where a computation runs
 ): # Function without arguments that makes such a context
     "A maker of contexts that enter autocast as it is now"
     t = device.type
-    if not torch.amp.is_autocast_available(t): return nullcontext
+    if not _knows_autocast(t): return nullcontext
     return partial(torch.autocast, t, torch.get_autocast_dtype(t), torch.is_autocast_enabled(t), False)
 
 # %% ../../nbs/core/02_replay.ipynb #9a58d9e2
@@ -215,16 +219,16 @@ class Record:
     ):
         self.m,self.modules,self.params,self.buffers,seen = m,modules or [m],[],[],set()
         for o in self.modules: # the list grows while we walk along it
-            if o._parameters or o._buffers: self._note(o, seen)
+            if o._parameters: self._note(o, o._parameters, self.params, seen)
+            if o._buffers: self._note(o, o._buffers, self.buffers, seen)
             if modules is None:
                 for c in o._modules.values():
                     if c is not None and id(c) not in seen: seen.add(id(c)); self.modules.append(c)
         self.modes = [o.training for o in self.modules]
 
-    def _note(self, o, seen):
-        for held,found in ((o._parameters,self.params),(o._buffers,self.buffers)):
-            for k,t in held.items():
-                if t is not None and id(t) not in seen: seen.add(id(t)); found.append((o,k,t,_state(t)))
+    def _note(self, o, held, found, seen):
+        for k,t in held.items():
+            if t is not None and id(t) not in seen: seen.add(id(t)); found.append((o,k,t,_state(t)))
 
     def name(self, owner, key):
         "What messages call a weight"
@@ -348,6 +352,26 @@ def listened_to(
     hooks = (h for o in modules for held in (o._forward_hooks,o._forward_pre_hooks) for h in held.values())
     return any(not _is_torchs(h) for h in hooks)
 
+# %% ../../nbs/core/02_replay.ipynb #a7c1e0d2
+_SHORTCUTS = nn.MultiheadAttention,nn.TransformerEncoderLayer,nn.TransformerEncoder
+
+class Trained(TorchFunctionMode):
+    "Attention that nobody will differentiate, by the kernel it takes where somebody will"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention: return func(*args, **kwargs)
+        query,args = (args[0],args[1:]) if args else (kwargs.pop('query'),())
+        with torch.enable_grad(): return func(query.detach().requires_grad_(), *args, **kwargs).detach()
+
+def as_trained(
+    modules:list, # Layers that are about to be called without a graph, and will be with one
+    device:torch.device, # Where they compute
+): # A context
+    "Let attention choose its kernel as the repetition will"
+    if any(o._compiled_call_impl or type(o).__name__=='OptimizedModule' for o in modules): return nullcontext()
+    short = any(isinstance(o, _SHORTCUTS) and not o.training for o in modules)
+    return Trained() if short or device.type!='cpu' else nullcontext()
+
 # %% ../../nbs/core/02_replay.ipynb #7b94b2c7
 @patch
 def run(self:Call, xs, rows):
@@ -362,9 +386,10 @@ def each(self:Call, *xs):
     xs,modules,last = [x.detach() for x in xs],self.record.modules,None
     new = unknown(self.m, modules)
     watch = Watch(self.device, xs) if new or listened_to(modules) else None
+    trained = as_trained(modules, self.device)
     for i,rows in enumerate(self.parts):
         before = rng_states(self.device)
-        with watch or nullcontext(): o = self.run(xs, rows)
+        with watch or nullcontext(), trained: o = self.run(xs, rows)
         if rng_moved(self.device, before):
             again = partial(self.run, xs, rows)
             mine = watch.drew if new else may_draw(self.m, modules) or drew(self.m, again, self.device)

@@ -9,11 +9,17 @@ __all__ = ['ORIGINAL', 'FusedHalf', 'FusedMlp', 'FusedAttention', 'untouched', '
 import torch
 from torch import nn
 from torch.nn import functional as F
-from timm.layers import Attention, Mlp
+from timm.layers import Attention, LayerScale, Mlp
 from ..core.replay import amp_dtype, function_modes, global_hooks
 
 # %% ../../nbs/models/10_fused.ipynb #f801ea12
 _ops = torch.ops.aten
+_flash = _ops._scaled_dot_product_flash_attention_for_cpu.default
+_flash_back = _ops._scaled_dot_product_flash_attention_for_cpu_backward.default
+_norm_back = _ops.native_layer_norm_backward.default
+_gelu_,_gelu_back = _ops.gelu_.default,_ops.gelu_backward.grad_input
+_NAMES = 'float','double','half','bfloat16'
+_CAST = {getattr(torch, o): getattr(torch.Tensor, o) for o in _NAMES}   # quicker than `to`
 
 class FusedHalf:
     "LayerNorm of tokens, then something linear at both ends, with a backward pass that is written out"
@@ -24,56 +30,69 @@ class FusedHalf:
         last:nn.Linear, # Gives the result
         dtype:torch.dtype, # In which products are computed
         modules:list=(), # The half and all layers in it
+        scale:nn.Parameter|None=None, # Layer scale: what each channel of the result is multiplied by
     ):
-        self.eps,self.dtype,self.modules = norm.eps,dtype,list(modules)
-        self.held = [(o.weight,o.bias) for o in (norm,first,last)]
-        self.params = [o for pair in self.held for o in pair if o is not None]
+        self.eps,self.dtype,self.modules,self.cast,self.scale = norm.eps,dtype,modules,_CAST[dtype],scale
+        ends = norm,first,last   # by their dictionaries, because attributes are slow
+        self.held = [o._parameters[k] for o in ends for k in ('weight','bias')]+[scale]
+        self.params = [o for o in self.held if o is not None]
+        self.uncast = _CAST[self.held[0].dtype]   # from products to streams and weights
+        self.result = dtype if scale is None else torch.promote_types(dtype, scale.dtype)
 
     def begin(self):
         "Cast the weights, once for all parts"
-        self.norm = self.held[0]
-        self.ends = [[o if o is None else o.to(self.dtype) for o in pair] for pair in self.held[1:]]
+        *self.norm,w1,b1,w2,b2,_ = self.held
+        self.ends = [(self.cast(w), b if b is None else self.cast(b)) for w,b in ((w1,b1),(w2,b2))]
 
     def end(self): self.norm = self.ends = None
 
     def normed(self, x):
         "Normed rows of `x`, and what the norm's backward pass needs"
-        h,mean,rstd = torch.native_layer_norm(x, x.shape[-1:], *self.norm, self.eps)
-        return h.view(-1, x.shape[-1]).to(self.dtype),mean,rstd
+        D = x.shape[-1]
+        h,mean,rstd = torch.native_layer_norm(x, (D,), *self.norm, self.eps)
+        return self.cast(h.view(-1, D)),mean,rstd
 
     def unnormed(self, x, gh, mean, rstd):
         "Gradients of `x`, and of the norm's weight and bias"
-        gh = gh.to(x.dtype).view(x.shape)
-        return _ops.native_layer_norm_backward(gh, x, x.shape[-1:], mean, rstd, *self.norm, [True]*3)
+        return _norm_back(self.uncast(gh).view(x.shape), x, x.shape[-1:], mean, rstd, *self.norm, [True]*3)
 
     def linear_grads(self, d, h, bias):
         "Gradients of a linear layer's weight and bias, for inputs `h` and an output gradient `d`"
-        dtype = self.held[1][0].dtype
-        gw = (d.t() @ h).to(dtype)
-        return [gw] if bias is None else [gw, d.sum(0).to(dtype)]
+        gw = self.uncast(torch.mm(d.t(), h))
+        return (gw,) if bias is None else (gw, self.uncast(d.sum(0)))
+
+    def result_of(self, u, x):
+        "The result for rows `u` of what comes before the last layer"
+        o = F.linear(u, *self.ends[1]).view(x.shape)
+        return o if self.scale is None else o*self.scale
+
+    def last_grads(self, u, x, d, wanted):
+        "The result, if it is `wanted`, its gradient before layer scale, and gradients of the last layer and the scale"
+        o,(w,b),g = None,self.ends[1],()
+        if wanted or self.scale is not None: o = F.linear(u, w, b).view(x.shape)
+        if self.scale is not None:
+            g,d,o = ((d*o).sum(tuple(range(d.ndim-1))),),self.cast(d*self.scale),o*self.scale if wanted else None
+        d = d.view(-1, x.shape[-1])
+        return o,d,(*self.linear_grads(d, u, b),*g)
 
 # %% ../../nbs/models/10_fused.ipynb #2e7e53d5
 class FusedMlp(FusedHalf):
     "LayerNorm, linear layer, GELU, linear layer"
     def forward(self, x):
-        (w1,b1),(w2,b2) = self.ends
-        a = F.linear(self.normed(x)[0], w1, b1)
-        return F.linear(_ops.gelu_(a), w2, b2).view(x.shape)
+        return self.result_of(_gelu_(F.linear(self.normed(x)[0], *self.ends[0])), x)
 
     def vjp(self, x, d, wanted=True):
         "The result, if it is `wanted`, and gradients of `x` and of `params`, for an output gradient `d`"
-        (w1,b1),(w2,b2) = self.ends
+        (w1,b1),(w2,_) = self.ends
         h,mean,rstd = self.normed(x)
         a = F.linear(h, w1, b1)
         u = F.gelu(a)
-        o,d = F.linear(u, w2, b2).view(x.shape) if wanted else None,d.view(-1, x.shape[-1])
-        g2 = self.linear_grads(d, u, b2)
-        torch.mm(d, w2, out=u)
-        u = _ops.gelu_backward.grad_input(u, a, grad_input=u)
+        o,d,g2 = self.last_grads(u, x, d, wanted)
+        u = _gelu_back(torch.mm(d, w2, out=u), a, grad_input=u)
         del a
         g1 = self.linear_grads(u, h, b1)
         gx,*gn = self.unnormed(x, torch.mm(u, w1, out=h), mean, rstd)
-        return o,gx,[*gn,*g1,*g2]
+        return o,gx,(*gn,*g1,*g2)
 
 # %% ../../nbs/models/10_fused.ipynb #a95a674f
 _FLASH = torch.nn.attention.SDPBackend.FLASH_ATTENTION.value
@@ -83,99 +102,106 @@ class FusedAttention(FusedHalf):
     "LayerNorm, multi-head self-attention"
     def __init__(self, norm, qkv, proj, dtype, modules,
         num_heads:int, # Heads
+        scale:nn.Parameter|None=None, # Layer scale, as for `FusedHalf`
     ):
-        super().__init__(norm, qkv, proj, dtype, modules)
+        super().__init__(norm, qkv, proj, dtype, modules, scale)
         self.num_heads = num_heads
-
-    def heads(self, h, x):
-        "Queries, keys and values: three (B, heads, N, d)"
-        qkv = F.linear(h, *self.ends[0]).view(x.shape[0], x.shape[1], 3, self.num_heads, -1)
-        return qkv.permute(2, 0, 3, 1, 4).unbind()
 
     def attend(self, h, x):
         "Attention, and a function from its gradient to those of queries, keys and values"
-        qkv = self.heads(h, x)
-        if x.device.type=='cpu' and torch._fused_sdp_choice(*qkv)==_FLASH: # its kernels, without a graph around them
-            a,lse = _ops._scaled_dot_product_flash_attention_for_cpu(*qkv, 0., False)
-            return a,lambda d: _ops._scaled_dot_product_flash_attention_for_cpu_backward(d, *qkv, a, lse, 0., False)
+        B,N,_ = x.shape
+        qkv = F.linear(h, *self.ends[0]).view(B, N, 3, self.num_heads, -1)
+        q,k,v = qkv.permute(2, 0, 3, 1, 4).unbind()   # B heads N d
+        if x.device.type=='cpu' and torch._fused_sdp_choice(q, k, v)==_FLASH: # its kernels, without a graph around them
+            a,lse = _flash(q, k, v)
+            return a,lambda d: _flash_back(d, q, k, v, a, lse, 0., False)
         with torch.enable_grad(): # in both passes: the choice of a kernel depends on it
-            leaves = [o.detach().requires_grad_() for o in qkv]
+            leaves = [o.detach().requires_grad_() for o in (q,k,v)]
             a = F.scaled_dot_product_attention(*leaves)
         return a.detach(),lambda d: torch.autograd.grad(a, leaves, d)
 
-    def rows(self, a): return a.transpose(1, 2).flatten(0, 1).flatten(1)   # B heads N d -> BN D
-
     def forward(self, x):
-        a,_ = self.attend(self.normed(x)[0], x)
-        return F.linear(self.rows(a), *self.ends[1]).view(x.shape)
+        h = self.normed(x)[0]
+        return self.result_of(self.attend(h, x)[0].transpose(1, 2).reshape(len(h), -1), x)   # B heads N d -> BN D
 
     def vjp(self, x, d, wanted=True):
         "The result, if it is `wanted`, and gradients of `x` and of `params`, for an output gradient `d`"
-        (w,b),(wp,bp) = self.ends
+        (w,b),(wp,_) = self.ends
         h,mean,rstd = self.normed(x)
         a,back = self.attend(h, x)
-        u,d = self.rows(a),d.view(-1, x.shape[-1])
-        o,g2 = F.linear(u, wp, bp).view(x.shape) if wanted else None,self.linear_grads(d, u, bp)
-        du = torch.mm(d, wp).view(x.shape[0], x.shape[1], self.num_heads, -1).transpose(1, 2)
-        grads = back(du)
-        del a,u,du,back
+        o,d,g2 = self.last_grads(a.transpose(1, 2).reshape(len(h), -1), x, d, wanted)
+        grads = back(torch.mm(d, wp).view(x.shape[0], x.shape[1], self.num_heads, -1).transpose(1, 2))
+        del a,back
         g = torch.stack([o.transpose(1, 2) for o in grads], 2).view(len(h), -1)   # B N 3 heads d -> BN 3D
         del grads
         g1 = self.linear_grads(g, h, b)
         gx,*gn = self.unnormed(x, torch.mm(g, w, out=h), mean, rstd)
-        return o,gx,[*gn,*g1,*g2]
+        return o,gx,(*gn,*g1,*g2)
 
 # %% ../../nbs/models/10_fused.ipynb #d966c90d
-_KINDS = nn.LayerNorm,nn.Linear,nn.Conv2d,nn.Conv3d,nn.Identity,nn.Dropout,nn.GELU,Attention,Mlp
+_KINDS = nn.LayerNorm,nn.Linear,nn.Conv2d,nn.Conv3d,nn.Identity,nn.Dropout,nn.GELU,Attention,Mlp,LayerScale
 ORIGINAL = {k:k.forward for k in _KINDS}
 
 def _functions(): return F.linear,F.layer_norm,F.gelu,F.scaled_dot_product_attention,F.dropout,F.conv2d,F.conv3d
 _CALL,_FUNCTIONS = nn.Module.__call__,_functions()
 
 def _patched():
-    "Has somebody exchanged what modules are made of?"
-    return nn.Module.__call__ is not _CALL or any(a is not b for a,b in zip(_functions(), _FUNCTIONS))
+    "Are there hooks on all modules, or has somebody exchanged what modules are made of?"
+    return global_hooks() or nn.Module.__call__ is not _CALL or _functions()!=_FUNCTIONS
 
-def _hooked(m): return m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+def _as_made(m):
+    "Is a layer, of a class in `ORIGINAL`, as it was made?"
+    k,d = type(m),m.__dict__
+    if k.forward is not ORIGINAL[k] or k.__call__ is not _CALL or 'forward' in d: return False
+    hooked = d['_forward_hooks'] or d['_forward_pre_hooks'] or d['_backward_hooks'] or d['_backward_pre_hooks']
+    return not hooked and m._compiled_call_impl is None
 
-_PLAIN = torch.Tensor,nn.Parameter,type(None)
-
-def _as_made(m, *kinds):
-    "Is a layer of one of these classes, and as it was made?"
-    k = type(m)
-    if k not in kinds or k.forward is not ORIGINAL[k] or k.__call__ is not _CALL: return False
-    if 'forward' in m.__dict__ or m._compiled_call_impl is not None: return False
-    return not _hooked(m) and all(type(p) in _PLAIN for p in m._parameters.values())
+_PLAIN = torch.Tensor,nn.Parameter
 
 def untouched(
     m:nn.Module, # A layer
     *kinds, # Classes of `ORIGINAL` that it may have
 )->bool:
     "Is a layer as it was made, so that its weights tell all?"
-    return _as_made(m, *kinds) and not (global_hooks() or _patched())
+    if type(m) not in kinds or not _as_made(m) or _patched(): return False
+    return all(p is None or type(p) in _PLAIN for p in m._parameters.values())
 
 # %% ../../nbs/models/10_fused.ipynb #484e192e
 def layers_of(
     half:nn.Module, # With `norm` and `fn`
-)->list: # `half`, both, and the layers of `fn`; empty if there is anything else
+    names:tuple=('norm','fn'), # Of all its modules, in order
+)->list: # `half`, those, and the layers of `fn`; empty if there is anything else
     "All modules of a half, if it is built as it should be"
     parts = half._modules
-    if list(parts)!=['norm','fn'] or None in parts.values(): return []
-    layers = [o for o in parts['fn']._modules.values() if o is not None]
-    return [] if parts['norm']._modules or any(o._modules for o in layers) else [half, *parts.values(), *layers]
+    if (*parts,)!=names or None in parts.values(): return []
+    fn = parts['fn']
+    modules = [half, *parts.values(), *(o for o in fn._modules.values() if o is not None)]
+    for o in modules:
+        if o._modules and o is not half and o is not fn: return []
+    return modules
+
+_WEIGHTS = {nn.LayerNorm:('weight','bias'), LayerScale:('gamma',),
+    nn.Linear:('weight',), nn.Conv2d:('weight',), nn.Conv3d:('weight',)}
+
+def _simple(m, dtype, device):
+    "Has a layer the usual weights, of a type and on a device, and nothing at work that the formulas leave out?"
+    k,ps = type(m),m._parameters
+    for p in ps.values():
+        if p is not None and (type(p) not in _PLAIN or p.dtype is not dtype or p.device!=device): return False
+    for n in _WEIGHTS.get(k, ()):
+        if ps.get(n) is None: return False   # a replica's are no parameters
+    if k is nn.Dropout and m.training and m.p or k is LayerScale and m.inplace: return False
+    return not m._buffers
 
 def product_dtype(
-    modules:list, # A half and all layers in it, as `layers_of` finds them
+    modules:list, # A half, its norm, and all other layers in it, as `layers_of` finds them
     kinds:list, # The classes that they should have
     x:torch.Tensor, # A stream that the half is about to read
 ): # The type in which a written-out pass computes products; `None` where it does not apply
     "May these modules be computed from their weights?"
-    if len(modules)!=len(kinds) or function_modes() or global_hooks() or _patched(): return None
-    if not all(map(_as_made, modules, kinds)): return None
-    if any(o.training and o.p for o in modules if type(o) is nn.Dropout): return None
-    norms,own = [o for o in modules if type(o) is nn.LayerNorm],(nn.LayerNorm, nn.Linear, nn.Conv2d, nn.Conv3d)
-    if any('weight' not in o._parameters for o in modules if type(o) in own): return None   # a replica's are no parameters
-    weights = [p for o in modules for p in o._parameters.values() if p is not None]
-    if any(p.dtype!=x.dtype or p.device!=x.device for p in weights) or any(o._buffers for o in modules): return None
-    if any(o.bias is None for o in norms) or norms[0].normalized_shape!=x.shape[-1:]: return None
-    return amp_dtype(x.device) or x.dtype if x.dtype==torch.float32 else x.dtype
+    if len(modules)!=len(kinds) or function_modes() or _patched(): return None
+    dtype,device = x.dtype,x.device
+    for m,k in zip(modules, kinds):
+        if type(m) is not k or not _as_made(m) or not _simple(m, dtype, device): return None
+    if modules[1].normalized_shape!=x.shape[-1:]: return None
+    return amp_dtype(device) or dtype if dtype==torch.float32 else dtype

@@ -71,13 +71,13 @@ class SplitAttention(FusedAttention):
             at,*self.one.ends = self.head(i, x)
             u[:,at] = self.one.attend(h, x)[0].transpose(1, 2).reshape(len(h), -1)   # B 1 N d -> BN d
         del h
-        return F.linear(u, *self.ends[1]).view(x.shape)
+        return self.result_of(u, x)
 
 # %% ../../nbs/models/10a_large.ipynb #a1000019
 @patch
 def vjp(self:SplitAttention, x, d, wanted=True):
     "The result, if it is `wanted`, and gradients of `x` and of `params`, for an output gradient `d`"
-    d = d.view(-1, x.shape[-1])
+    whole,d = d,(d if self.scale is None else self.cast(d*self.scale)).view(-1, x.shape[-1])
     u,gh = torch.empty_like(d),torch.zeros_like(d, dtype=x.dtype)
     g1 = [torch.empty_like(o, dtype=x.dtype) for o in self.ends[0] if o is not None]
     for i in range(self.num_heads):
@@ -87,12 +87,12 @@ def vjp(self:SplitAttention, x, d, wanted=True):
         if gh.dtype==g.dtype: gh.addmm_(g, w)
         else: gh += g @ w
         del g,h
-    g2 = self.linear_grads(d, u, self.ends[1][1])
+    o,_,g2 = self.last_grads(u, x, whole, wanted)
     gx,*gn = self.unnormed(x, gh, mean, rstd)
     del gh
     grads = [*gn,*g1,*g2]
     assert len(grads)==len(self.params), 'a weight of which the heads know nothing'
-    return F.linear(u, *self.ends[1]).view(x.shape) if wanted else None,gx,grads
+    return o,gx,grads
 
 # %% ../../nbs/models/10a_large.ipynb #a1000013
 @patch
