@@ -25,7 +25,9 @@ class Scaled(nn.Module):
         dtype = product_dtype(modules, kinds, x)
         if dtype is None: return None
         _,norm,fn,ls,*_ = modules
-        if self.attends: return (SplitAttention if large else FusedAttention)(norm, fn.qkv, fn.proj, dtype, modules, fn.num_heads, scale=ls.gamma)
+        if self.attends:
+            kind = SplitAttention if large else FusedAttention
+            return kind(norm, fn.qkv, fn.proj, dtype, modules, fn.num_heads, scale=ls.gamma)
         return (SplitMlp if large else FusedMlp)(norm, fn.fc1, fn.fc2, dtype, modules, scale=ls.gamma)
 
 ORIGINAL[Scaled] = Scaled.forward

@@ -87,10 +87,12 @@ def vjp(self:SplitAttention, x, d, wanted=True):
         if gh.dtype==g.dtype: gh.addmm_(g, w)
         else: gh += g @ w
         del g,h
-    o,_,g2 = self.last_grads(u, x, whole, wanted)
+    g2 = self.linear_grads(d, u, self.ends[1][1])
     gx,*gn = self.unnormed(x, gh, mean, rstd)
     del gh
+    o = F.linear(u, *self.ends[1]).view(x.shape) if wanted or self.scale is not None else None
     grads = [*gn,*g1,*g2]
+    if self.scale is not None: o,grads = o*self.scale if wanted else None,[*grads,(whole*o).sum((0,1))]
     assert len(grads)==len(self.params), 'a weight of which the heads know nothing'
     return o,gx,grads
 
