@@ -7,6 +7,7 @@ __all__ = ['ORIGINAL', 'FusedHalf', 'FusedMlp', 'FusedAttention', 'untouched', '
 
 # %% ../../nbs/models/10_fused.ipynb #4db2d347
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 from timm.layers import Attention, LayerScale, Mlp
@@ -21,6 +22,7 @@ _gelu_,_gelu_back = _ops.gelu_.default,_ops.gelu_backward.grad_input
 _NAMES = 'float','double','half','bfloat16'
 _CAST = {getattr(torch, o): getattr(torch.Tensor, o) for o in _NAMES}   # quicker than `to`
 
+# %% ../../nbs/models/10_fused.ipynb #c4d0a101
 class FusedHalf:
     "LayerNorm of tokens, then something linear at both ends, with a backward pass that is written out"
     split = False   # whether it takes an image in pieces
@@ -46,34 +48,41 @@ class FusedHalf:
 
     def end(self): self.norm = self.ends = None
 
-    def normed(self, x):
-        "Normed rows of `x`, and what the norm's backward pass needs"
-        D = x.shape[-1]
-        h,mean,rstd = torch.native_layer_norm(x, (D,), *self.norm, self.eps)
-        return self.cast(h.view(-1, D)),mean,rstd
+# %% ../../nbs/models/10_fused.ipynb #c4d0a102
+@patch
+def normed(self:FusedHalf, x):
+    "Normed rows of `x`, and what the norm's backward pass needs"
+    D = x.shape[-1]
+    h,mean,rstd = torch.native_layer_norm(x, (D,), *self.norm, self.eps)
+    return self.cast(h.view(-1, D)),mean,rstd
 
-    def unnormed(self, x, gh, mean, rstd):
-        "Gradients of `x`, and of the norm's weight and bias"
-        return _norm_back(self.uncast(gh).view(x.shape), x, x.shape[-1:], mean, rstd, *self.norm, [True]*3)
+@patch
+def unnormed(self:FusedHalf, x, gh, mean, rstd):
+    "Gradients of `x`, and of the norm's weight and bias"
+    return _norm_back(self.uncast(gh).view(x.shape), x, x.shape[-1:], mean, rstd, *self.norm, [True]*3)
 
-    def linear_grads(self, d, h, bias):
-        "Gradients of a linear layer's weight and bias, for inputs `h` and an output gradient `d`"
-        gw = self.uncast(torch.mm(d.t(), h))
-        return (gw,) if bias is None else (gw, self.uncast(d.sum(0)))
+@patch
+def linear_grads(self:FusedHalf, d, h, bias):
+    "Gradients of a linear layer's weight and bias, for inputs `h` and an output gradient `d`"
+    gw = self.uncast(torch.mm(d.t(), h))
+    return (gw,) if bias is None else (gw, self.uncast(d.sum(0)))
 
-    def result_of(self, u, x):
-        "The result for rows `u` of what comes before the last layer"
-        o = F.linear(u, *self.ends[1]).view(x.shape)
-        return o if self.scale is None else o*self.scale
+# %% ../../nbs/models/10_fused.ipynb #c4d0a103
+@patch
+def result_of(self:FusedHalf, u, x):
+    "The result for rows `u` of what comes before the last layer"
+    o = F.linear(u, *self.ends[1]).view(x.shape)
+    return o if self.scale is None else o*self.scale
 
-    def last_grads(self, u, x, d, wanted):
-        "The result, if it is `wanted`, its gradient before layer scale, and gradients of the last layer and the scale"
-        o,(w,b),g = None,self.ends[1],()
-        if wanted or self.scale is not None: o = F.linear(u, w, b).view(x.shape)
-        if self.scale is not None:
-            g,d,o = ((d*o).sum(tuple(range(d.ndim-1))),),self.cast(d*self.scale),o*self.scale if wanted else None
-        d = d.view(-1, x.shape[-1])
-        return o,d,(*self.linear_grads(d, u, b),*g)
+@patch
+def last_grads(self:FusedHalf, u, x, d, wanted):
+    "The result, if it is `wanted`, its gradient before layer scale, and gradients of the last layer and the scale"
+    o,(w,b),g = None,self.ends[1],()
+    if wanted or self.scale is not None: o = F.linear(u, w, b).view(x.shape)
+    if self.scale is not None:
+        g,d,o = ((d*o).sum(tuple(range(d.ndim-1))),),self.cast(d*self.scale),o*self.scale if wanted else None
+    d = d.view(-1, x.shape[-1])
+    return o,d,(*self.linear_grads(d, u, b),*g)
 
 # %% ../../nbs/models/10_fused.ipynb #2e7e53d5
 class FusedMlp(FusedHalf):
