@@ -506,14 +506,14 @@ def test_a_device_that_is_not_there(name, args, device, zoo, here):
 def test_all_pick_the_same_device(zoo, monkeypatch):
     "On a machine with nothing but Apple's GPU (pretended); loaders, commands and models ask one function, and none picks for itself"
     from revvit.core import device
-    from revvit.data import clips as videos, images
+    from revvit.data import digits, images, loader
     from revvit.use import inference
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
     went = []
     monkeypatch.setattr(torch.nn.Module, 'to', lambda self, device: went.append(str(device)) or self)
     inference.get_model(weights=zoo/'vit.pth')
-    assert went == ['mps'] and device.pick_device is images.pick_device is videos.pick_device is inference.pick_device
+    assert went == ['mps'] and device.pick_device is loader.pick_device is digits.pick_device is images.pick_device is inference.pick_device
     assert not [o.name for o in Path(revvit.__file__).parent.rglob('*.py') if 'default_device' in o.read_text(encoding='utf8')]
 
 class OnTheHost(torch.Tensor):
