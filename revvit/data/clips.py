@@ -51,7 +51,8 @@ def _clip_settings(cfg):
     "Settings with `frame_stride` and `frame_rate`, or an error that says what is wrong with them"
     check_settings(cfg, 'clip')
     size = tuple(cfg['input_size'])
-    if len(size)!=4 or size[0]!=3: raise ValueError(f"clips need an input_size of (3, frames, height, width), got {size}")
+    if len(size)!=4 or size[0]!=3:
+        raise ValueError(f"clips need an input_size of (3, frames, height, width), got {size}")
     return dict(frame_stride=4, frame_rate=30.) | dict(cfg)
 
 def _fit(
@@ -203,8 +204,8 @@ def clip_classes(
 )->list: # A name for each
     "Names of the classes of a list of videos"
     file = Path(folder)/'classes.txt'
-    if not file.exists():
-        return MViT_V1_B_Weights.KINETICS400_V1.meta['categories'][:] if classes==400 else [str(i) for i in range(classes)]
+    if not file.exists() and classes==400: return list(MViT_V1_B_Weights.KINETICS400_V1.meta['categories'])
+    if not file.exists(): return [str(i) for i in range(classes)]
     names = [o.strip() for o in file.read_text('utf-8-sig').splitlines() if o.strip()]
     if len(names)<classes: raise ValueError(f"{file}: names {len(names)} classes, the lists have {classes}")
     if twice := [o for i,o in enumerate(names) if o in names[:i]]:
@@ -261,7 +262,8 @@ class TrainClips:
 class _Flat(ItemTransform):
     "Training batch of videos with several clips each, to a batch of clips"
     split_idx = 0
-    def encodes(self, b): return b[0].flatten(0, 1), b[1].repeat_interleave(b[0].shape[1])   # B R 3 T H W -> B*R 3 T H W
+    # B R 3 T H W -> B*R 3 T H W
+    def encodes(self, b): return b[0].flatten(0, 1), b[1].repeat_interleave(b[0].shape[1])
 
 class _Views:
     "Video file to its one test-time clip (3, T, H, W), or to several (V, 3, T, H, W)"

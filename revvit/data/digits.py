@@ -7,8 +7,8 @@ __all__ = ['digits_cfg', 'digits', 'hold_out', 'DigitJitter', 'digits_dls']
 
 # %% ../../nbs/data/21_digits.ipynb #f9f07680
 import numpy as np, torch
-from fastai.vision.all import (Categorize, DataLoaders, Datasets, IntToFloatTensor, Normalize, RandTransform, TensorImage,
-    TensorImageBW, Transform, affine_mat, rotate_mat, zoom_mat)
+from fastai.vision.all import (Categorize, DataLoaders, Datasets, IntToFloatTensor, Normalize, RandTransform,
+    TensorImage, TensorImageBW, Transform, affine_mat, rotate_mat, zoom_mat)
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import create_transform
@@ -87,7 +87,8 @@ def digits_dls(
     x,labels = _resized()
     train,held = hold_out(labels, 36)
     if held_out=='valid': train,held = (train[o] for o in hold_out(labels[train], 36))
-    if not 1<=bs<=len(train): raise ValueError(f"the batch size must be from 1 to the {len(train)} training images, got {bs}")
+    if not 1<=bs<=len(train):
+        raise ValueError(f"the batch size must be from 1 to the {len(train)} training images, got {bs}")
     names = Categorize(vocab=[str(o) for o in range(10)])
     dsets = Datasets(range(len(x)), [[_Pick(x, TensorImageBW)], [_Pick(labels, str), names]],
                      splits=(train.tolist(), held.tolist()))

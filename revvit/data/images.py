@@ -109,12 +109,14 @@ def image_files(
     vocab,other = map(_class_folders, roots)
     if only := sorted(set(vocab)-set(other)):
         raise ValueError(f"{roots[1]}: no folder for the class {a_few(only)} of {train!r}")
-    if only := sorted(set(other)-set(vocab)): raise ValueError(f"{roots[1]}: the class {a_few(only)} is not in {train!r}")
+    if only := sorted(set(other)-set(vocab)):
+        raise ValueError(f"{roots[1]}: the class {a_few(only)} is not in {train!r}")
     parts = [class_items(r, {o:i for i,o in enumerate(vocab)}) for r in roots]
     if check: parts = readable(*parts, 'image', on_bad, allow_shared)
     for r,o in zip(roots, parts):
         if empty := [v for i,v in enumerate(vocab) if i not in {*o.values()}]:
-            raise ValueError(f"{r}: no images for the class {a_few(empty)} (files that end in {', '.join(image_suffixes)})")
+            raise ValueError(f"{r}: no images for the class {a_few(empty)} (files that end in "
+                             f"{', '.join(image_suffixes)})")
     return *parts, vocab
 
 # %% ../../nbs/data/22_images.ipynb #139cde24
@@ -132,7 +134,7 @@ def allow_zero_bits(
 def train_tfm(
     cfg:dict, # Image settings as `ImageTransform` takes them
     rand_aug:str|None=None, # RandAugment in timm's words, as 'rand-m6-n5-mstd0.5-inc1'; None for none
-    color_jitter:float=.4, # Largest relative change of brightness, contrast and saturation, where there is no RandAugment
+    color_jitter:float=.4, # Largest change of brightness, contrast and saturation, where there is no RandAugment
     erase:float=.25, # Share of images of which a box is filled with noise
     scale:tuple=(.08,1.), # Smallest and largest part of the area that a crop keeps
     hflip:float=.5, # Share of images that are mirrored

@@ -74,7 +74,7 @@ class EpochDL(TfmdDL):
         seed:int=0, # From 0 up
         rank:int=0, # Number of this process among those that train together
         world:int=1, # How many these are
-        on_bad:str='raise', # Files that cannot be read: 'raise', or 'skip' to leave them out of their batch and count them
+        on_bad:str='raise', # Unreadable files: 'raise', or 'skip' to leave them out of their batch and count them
         **kwargs, # Passed to fastai
     ):
         if on_bad not in ('raise','skip'): raise ValueError(f"on_bad must be 'raise' or 'skip', got {on_bad!r}")
@@ -325,10 +325,11 @@ def file_dls(
     "fastai `DataLoaders` of files"
     (train,held,vocab),device = files,pick_device(device)
     if not 1<=bs<=len(train)//world:
-        raise ValueError(f"the batch size must be from 1 to the {len(train)//world} training files of a process, got {bs}")
-    readers,ends = [_Read(o, wrap, i) for i,o in enumerate(reads)],[0, len(train), len(train)+len(held)]
-    dsets = Datasets([*train, *held], [readers, [_Label({**train, **held}, vocab), Categorize(vocab=vocab, sort=False)]],
-                     splits=[range(*o) for o in zip(ends, ends[1:])])
+        raise ValueError(f"the batch size must be from 1 to the {len(train)//world} training files of a process, "
+                         f"got {bs}")
+    readers,n = [_Read(o, wrap, i) for i,o in enumerate(reads)],len(train)
+    labels = [_Label({**train, **held}, vocab), Categorize(vocab=vocab, sort=False)]
+    dsets = Datasets([*train, *held], [readers, labels], splits=(range(n), range(n, n+len(held))))
     kwargs = dict(bs=bs, num_workers=workers, seed=seed, rank=rank, world=world, on_bad=on_bad, device=device,
                   after_batch=[*after_batch, _Show(cfg)], pin_memory=device.type=='cuda')
     return DataLoaders(EpochDL(dsets.train, shuffle=True, drop_last=True, **kwargs), EpochDL(dsets.valid, **kwargs),

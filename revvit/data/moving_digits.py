@@ -46,7 +46,8 @@ def moving_digits(
     cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache')
     folder = Path(folder or cache/'revvit'/'moving_digits').expanduser()
     if _is_moving(folder): return folder
-    if folder.exists() and any(folder.iterdir()): raise ValueError(f"{folder}: holds other things than the moving digits")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: holds other things than the moving digits")
     (images,labels),rng = digits(),np.random.RandomState(0)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.moving_digits', dir=folder.parent, ignore_cleanup_errors=True) as new:

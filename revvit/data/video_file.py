@@ -149,7 +149,8 @@ def _from(self:Video, i):
         if i is None: self.close(); self._begin()   # some containers cannot be wound back to their start
         else: self.container.seek(self.first+int(i/self.scale), stream=self.stream, backward=True)
         for n,frame in enumerate(self.container.decode(self.stream)):
-            if frame.pts is None and not self.counted: raise UnreadableFile(f"{self.path}: the frames have no time stamps")
+            if frame.pts is None and not self.counted:
+                raise UnreadableFile(f"{self.path}: the frames have no time stamps")
             yield n if self.counted else self._slot(frame.pts),frame
     except av.FFmpegError as e: raise self._damaged(e) from e
 
