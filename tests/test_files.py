@@ -1,4 +1,6 @@
-"The reader's sentences, the seal and the one writer, case by case: what the notebook 17_files shows once (files of models: test_checkpoints.py)"
+"""The reader's sentences, the seal and the one writer, case by case: what the notebook 17_files shows once
+
+Files of models: test_checkpoints.py"""
 import io, os, pickle, platform, subprocess, zipfile
 from pathlib import Path
 
@@ -40,12 +42,14 @@ def test_a_seal_is_the_archives_comment_and_every_bit_of_it_counts():
 
 def test_a_file_of_ours_without_its_seal(tmp_path):
     torch.save(dict(format='revvit', version=1), tmp_path/'a.pth')
-    with pytest.raises(CheckpointError, match='it has lost the digest it was written with'): read_checkpoint(tmp_path/'a.pth')
+    with pytest.raises(CheckpointError, match='it has lost the digest it was written with'):
+        read_checkpoint(tmp_path/'a.pth')
 
 @pytest.mark.parametrize('content, what', [([1], 'list'), (torch.zeros(1), 'Tensor'), (3, 'int')], ids=str)
 def test_a_file_that_holds_no_dictionary(tmp_path, content, what):
     torch.save(content, tmp_path/'a.pth')
-    with pytest.raises(CheckpointError, match=f'a.pth: it holds a {what}, not a dictionary'): read_checkpoint(tmp_path/'a.pth')
+    with pytest.raises(CheckpointError, match=f'a.pth: it holds a {what}, not a dictionary'):
+        read_checkpoint(tmp_path/'a.pth')
 
 def test_safetensors_alone_and_in_a_folder(tmp_path):
     "Whatever the dtype, the shape or the name; and what was read stays when the file is cut"
@@ -99,7 +103,8 @@ def test_bytes_reach_the_disk_before_they_take_the_name(tmp_path, monkeypatch):
     steps,sync,replace = [],os.fsync,os.replace
     monkeypatch.setattr('os.fsync', lambda f: (steps.append('sync'), sync(f)))
     monkeypatch.setattr('os.replace', lambda a,b: (steps.append('replace'), replace(a, b)))
-    for path in (tmp_path/'a.txt', tmp_path/'runs'/'b.pth'): (write_file if path.suffix=='.txt' else write_checkpoint)(path, {} if path.suffix=='.pth' else '')
+    for path in (tmp_path/'a.txt', tmp_path/'runs'/'b.pth'):
+        (write_file if path.suffix=='.txt' else write_checkpoint)(path, {} if path.suffix=='.pth' else '')
     assert steps==['sync','replace']*2
 
 def test_every_writer_of_the_package_is_this_one():

@@ -9,7 +9,8 @@ from torch.testing import assert_close
 from revvit.core.coupling import couple, uncouple
 from revvit.core.testing import saved_bytes
 from revvit.models.fused import untouched
-from revvit.models.layers import MlpFusion, PatchEmbed, PooledFusion, StreamFusion, attention_half, check_images, mlp_half
+from revvit.models.layers import (MlpFusion, PatchEmbed, PooledFusion,
+                                  StreamFusion, attention_half, check_images, mlp_half)
 from revvit.models.pooling import HeadPool, OverlapPatchEmbed, PoolingAttention, StageTransition
 
 double = dict(dtype=torch.float64)
@@ -75,7 +76,8 @@ def test_patch_embed_of_any_layout(layout):
     assert_close(got, want[:len(other)], rtol=1e-5, atol=1e-6)
 
 def test_patch_embed_under_autocast():
-    with torch.autocast('cpu', torch.bfloat16): assert PatchEmbed(32, 8, 3, 12)(torch.randn(1, 3, 32, 32)).dtype==torch.bfloat16
+    with torch.autocast('cpu', torch.bfloat16):
+        assert PatchEmbed(32, 8, 3, 12)(torch.randn(1, 3, 32, 32)).dtype==torch.bfloat16
 
 def test_overlapping_patches_of_images_and_clips():
     embed,x = OverlapPatchEmbed((16,24), (7,7), (4,4), 3, 6),torch.randn(2, 3, 16, 24)
