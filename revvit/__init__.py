@@ -9,7 +9,7 @@ def _interrupted(*_):
     _os.write(2, f"{_command}: interrupted\n".encode())
     _os._exit(130)
 
-# only in the first process of a command, which takes Python's handler back when it begins (`revvit.use.cli.command`)
+# only in the first process of a command, which takes Python's handler back when it begins (`revvit.use.command`)
 _process = _sys.modules.get('multiprocessing.process')
 _first = _process is None or _process.parent_process() is None
 if _command.startswith('revvit_') and _first and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
@@ -37,8 +37,8 @@ _later = {'revvit.core.testing': ('check_directional', 'check_grads', 'check_inv
           'revvit.training.learner': ('learner', 'plot_history', 'record_run'),
           'revvit.training.distributed': ('distribute', 'join_group', 'leave_group'),
           'revvit.training.resume': ('keep_state',),
-          'revvit.use.inference': ('class_names', 'eval_loader', 'evaluate', 'extract_feat', 'get_model',
-                                   'inference_model')}
+          'revvit.use.inference': ('class_names', 'extract_feat', 'get_model', 'inference_model'),
+          'revvit.use.evaluation': ('eval_loader', 'evaluate')}
 _home = {name: module for module,names in _later.items() for name in names}
 
 def __getattr__(name):

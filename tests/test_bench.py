@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest, torch
 from revvit.use import cli
-from revvit.use import benchmark as bench
-from revvit.use.benchmark import Candidate, Group
+from revvit.use import benchmark as bench, measures
+from revvit.use.measures import Candidate, Group
 
 TINY = dict(img_size=32, embed_dim=16, num_heads=2, depth=2)
 PLAIN,OURS = Candidate('plain', 'vit_small_patch16_224'),Candidate('ours', 'revvit_small_patch16_224')
@@ -67,39 +67,39 @@ def test_threads_come_back():
 
 def test_memory_is_that_of_the_checkers():
     "Kept and peak bytes of a step, and a line through two batch sizes that gives the peak of a third"
-    r = bench.Runner(OURS, group())
+    r = measures.Runner(OURS, group())
     x,y = r.batch(2)
-    m = bench.memory_of(r, 2)
-    assert m == dict(kept=bench.live_bytes(lambda: r.loss(x, y)), peak=bench.peak_bytes(lambda: r.step(x, y)))
-    plain = bench.Runner(PLAIN, group())
-    line = bench.lines_of(plain, bench.memory_of(plain, 2)['peak'])
-    assert line['fixed']+6*line['per_image'] == pytest.approx(bench.memory_of(plain, 6)['peak'], rel=.1)
+    m = measures.memory_of(r, 2)
+    assert m == dict(kept=measures.live_bytes(lambda: r.loss(x, y)), peak=measures.peak_bytes(lambda: r.step(x, y)))
+    plain = measures.Runner(PLAIN, group())
+    line = measures.lines_of(plain, measures.memory_of(plain, 2)['peak'])
+    assert line['fixed']+6*line['per_image'] == pytest.approx(measures.memory_of(plain, 6)['peak'], rel=.1)
 
 @pytest.mark.parametrize('memory,batch,largest,deepest', [(1000, 2, 10, 9), (1000, 10, 10, 3), (199, 1, 0, 2), (0, 1, 0, 0)])
 def test_what_fits(memory, batch, largest, deepest):
     "By hand: 16 bytes a weight, 40 fixed, 80 an image, 100 a further block"
     row = dict(parameters=10, fixed=40, per_image=60, input=20, per_block=100)
-    assert bench.fits(row, memory, batch, 3) == dict(largest_batch=largest, deepest=deepest)
+    assert measures.fits(row, memory, batch, 3) == dict(largest_batch=largest, deepest=deepest)
 
 def test_gradient_error_sees_a_wrong_gradient(monkeypatch):
-    r = bench.Runner(OURS, group())
-    want = bench.exact_gradients(r)
-    assert bench.gradient_error(r, want) < 1e-5
-    step = bench.Runner.step
+    r = measures.Runner(OURS, group())
+    want = measures.exact_gradients(r)
+    assert measures.gradient_error(r, want) < 1e-5
+    step = measures.Runner.step
     def wrong(self, x, y):
         step(self, x, y)
         for p in self.model.parameters(): p.grad *= 1.1
-    monkeypatch.setattr(bench.Runner, 'step', wrong)
-    assert bench.gradient_error(r, want) == pytest.approx(.1, rel=1e-3)
+    monkeypatch.setattr(measures.Runner, 'step', wrong)
+    assert measures.gradient_error(r, want) == pytest.approx(.1, rel=1e-3)
 
 def test_gradients_are_judged_some_images_at_a_time():
-    r = bench.Runner(PLAIN, replace(group(), batch_size=5))
-    for a,b in zip(bench.exact_gradients(r, 2), bench.exact_gradients(r, 5)): torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+    r = measures.Runner(PLAIN, replace(group(), batch_size=5))
+    for a,b in zip(measures.exact_gradients(r, 2), measures.exact_gradients(r, 5)): torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
 
 def test_operations_are_counted():
     "More where something is done again, and the same in every run"
-    n = {c.name: bench.operations(bench.Runner(c, group())) for c in (PLAIN, replace(PLAIN, name='checkpointed', way='checkpointed'), OURS, replace(OURS, name='stored', settings=dict(on=False)))}
-    assert n['plain'] < n['checkpointed'] and n['stored'] < n['ours'] and n['plain'] == bench.operations(bench.Runner(PLAIN, group()))
+    n = {c.name: measures.operations(measures.Runner(c, group())) for c in (PLAIN, replace(PLAIN, name='checkpointed', way='checkpointed'), OURS, replace(OURS, name='stored', settings=dict(on=False)))}
+    assert n['plain'] < n['checkpointed'] and n['stored'] < n['ours'] and n['plain'] == measures.operations(measures.Runner(PLAIN, group()))
 
 # ---------------------------------------------------------------- ways and settings
 
@@ -140,13 +140,13 @@ def test_a_rival_that_cannot_be_made_has_a_row():
 @pytest.mark.parametrize('at', [1, 7], ids=['at once', 'in a round'])
 def test_a_step_that_fails_has_a_row(error, status, why, at, monkeypatch):
     "At the first step or among the timed ones; the others are measured as if nothing had been"
-    step,n = bench.Runner.step,[0]
+    step,n = measures.Runner.step,[0]
     def trap(self, x, y):
         if self.candidate is OURS:
             n[0] += 1
             if n[0] >= at: raise error
         return step(self, x, y)
-    monkeypatch.setattr(bench.Runner, 'step', trap)
+    monkeypatch.setattr(measures.Runner, 'step', trap)
     a,b = rows(rounds=2, measures=('operations','time') if at==1 else ('memory','operations','time'), depth=None)
     assert n[0] == at, n # not tried again
     assert a['status'] == 'ok' and a['ratio'] == 1 and a['rounds'] == 2
@@ -158,7 +158,7 @@ def test_without_a_first_candidate_there_are_times_but_no_ratios():
 
 def test_ctrl_c_is_no_row(monkeypatch):
     def stop(self, x, y): raise KeyboardInterrupt
-    monkeypatch.setattr(bench.Runner, 'step', stop)
+    monkeypatch.setattr(measures.Runner, 'step', stop)
     with pytest.raises(KeyboardInterrupt): rows()
 
 def test_when_time_is_over_rows_say_so():
@@ -175,7 +175,7 @@ def test_sets_name_what_there_is(groups):
         assert len({c.name for c in g.candidates}) == len(g.candidates) > 1
         assert not g.candidates[0].model.startswith('rev') and g.candidates[-1].model.startswith('rev')
         for c in g.candidates:
-            assert c.way in bench.ways and (timm.is_model(c.model) or c.model.split('/')[1] in list_models())
+            assert c.way in measures.ways and (timm.is_model(c.model) or c.model.split('/')[1] in list_models())
             if g.args.get('drop_path_rate') or c.args.get('drop_path_rate'): assert 'error' not in g.measures # other masks
 
 def test_the_gpu_set_has_every_rival():

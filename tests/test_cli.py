@@ -14,7 +14,7 @@ from revvit.models.checkpoints import load_model, save_checkpoint
 from revvit.models.files import read_checkpoint
 from revvit.data.digits import digits, hold_out
 from revvit.data.images import ImageTransform
-from revvit.use.inference import _recognise
+from revvit.use.inference import recognise_model
 from revvit.data.clips import ClipTransform
 
 def script(name):
@@ -223,7 +223,7 @@ def test_published_weights_that_cannot_be_fetched(work, tmp_path, here, monkeypa
 def test_published_files_tell_their_model(file, name):
     "The shapes in each published layout fit one model of ours; no numbers needed"
     tensors = {k: torch.empty(v, device='meta') for k,v in json.loads((reference/f'{file}.json').read_text(encoding='utf8'))['tensors'].items()}
-    assert _recognise('x.pth', dict(model_state=tensors)) == (name, 400 if '16x4' in file else 1000)
+    assert recognise_model('x.pth', dict(model_state=tensors)) == (name, 400 if '16x4' in file else 1000)
 
 def test_published_file_without_a_name(zoo, tmp_path, here):
     "A full-size file in mmpretrain's layout, with random numbers: recognised, and its classes are ImageNet's"
@@ -504,16 +504,17 @@ def test_a_device_that_is_not_there(name, args, device, zoo, here):
     assert sorted(zoo.iterdir()) == before
 
 def test_all_pick_the_same_device(zoo, monkeypatch):
-    "On a machine with nothing but Apple's GPU (pretended); loaders, commands and models ask one function, and none picks for itself"
+    "On a machine with nothing but Apple's GPU (pretended): all ask one function, and none picks for itself"
     from revvit.core import device
     from revvit.data import digits, images, loader
-    from revvit.use import inference
+    from revvit.use import benchmark, inference
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
     went = []
     monkeypatch.setattr(torch.nn.Module, 'to', lambda self, device: went.append(str(device)) or self)
     inference.get_model(weights=zoo/'vit.pth')
-    assert went == ['mps'] and device.pick_device is loader.pick_device is digits.pick_device is images.pick_device is inference.pick_device
+    assert went == ['mps']
+    for o in (digits, images, loader, cli, benchmark, inference): assert o.pick_device is device.pick_device, o.__name__
     assert not [o.name for o in Path(revvit.__file__).parent.rglob('*.py') if 'default_device' in o.read_text(encoding='utf8')]
 
 class OnTheHost(torch.Tensor):

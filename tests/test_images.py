@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
-from revvit.use.inference import folder_items
+from revvit.use.evaluation import folder_items
 from revvit.data.loader import UnreadableFile, seeded
 from revvit.data.images import ImageTransform, image_dls, image_files, open_image, shard_dls, train_tfm
 from revvit.training.recipes import recipes

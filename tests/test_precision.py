@@ -1,7 +1,7 @@
 "Mixed precision where nothing is trained: what is computed in it, and what is refused"
 import pytest, torch
 from revvit.use import cli
-from revvit.use.inference import evaluate
+from revvit.use.evaluation import evaluate
 from revvit.models.vit import RevViT
 
 def model():

@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from torch.testing import assert_close
 from revvit.data.loader import UnreadableFile, seeded
 from revvit.data.digits import digits
-from revvit.use.inference import folder_items
+from revvit.use.evaluation import folder_items
 from revvit.data.video_file import Video, _scan, is_video
 from revvit.data.clips import (ClipAugment, ClipTransform, TensorVideo, TrainClips, _fit, _normalise, _rows, _same_draws,
     clip_classes, clip_dls, clip_files, clip_indices, read_clip_list, view_starts)
