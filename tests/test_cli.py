@@ -677,3 +677,51 @@ def test_importing_revvit_is_light(tmp_path):
     code = "import sys, revvit, revvit.use.cli; print([o for o in ('fastai', 'matplotlib', 'sklearn', 'pandas') if o in sys.modules])"
     r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert r.stdout == '[]\n', r.stdout + r.stderr
+
+@pytest.mark.parametrize('name,words,said', [('revvit_predict', '--model revvit_huge noise.png', "no model 'revvit_huge'"),
+    ('revvit_predict', 'noise.png --weights vit.pth --features .', 'a folder, not a file'),
+    ('revvit_predict', 'noise.png --weights vit.pth --features gone/f.npz', 'there is no folder gone'),
+    ('revvit_predict', 'noise.png --weights vit.pth --classes few.txt', 'few.txt has 2 names, but the model has 3 classes'),
+    ('revvit_predict', 'noise.png --weights vit.pth --classes noise.png', 'noise.png: not a text file'),
+    ('revvit_predict', 'good.mp4 --weights vit.pth', 'good.mp4: a video, but the model takes images'),
+    ('revvit_test', '', 'required: --data'), ('revvit_test', '--data . --weights text.mp4', 'text.mp4'),
+    ('revvit_train', '--data .', 'brings its own data'), ('revvit_train', '--lr 0', '--lr must be a number above 0'),
+    ('revvit_train', '--average 1', '--average must be from 0 to below 1'), ('revvit_train', '--out few.txt', 'few.txt'),
+    ('revvit_train', '--save-minutes 0', '--save-minutes must be a number above 0, got 0.0'),
+    ('revvit_train', '--out /dev/null/x', '/dev/null'), ('revvit_bench', '--minutes 0', '--minutes must be a number above'),
+    ('revvit_bench', '--memory nan', '--memory must be a number above 0'), ('revvit_bench', '--device tpu', 'tpu'),
+    ('revvit_bench', '--models revvit_tiny_patch16_224 --dtypes int8', '--dtypes must be of float32')], ids=str)
+def test_more_that_cannot_be(name, words, said, zoo, here):
+    (zoo/'few.txt').write_text('a\nb\n')
+    only_sentence(here(zoo, name, *words.split()), said)
+
+def test_names_of_ones_own_for_foreign_weights(zoo, tmp_path, here):
+    "A bare file of a whole model: ImageNet's names where it has a thousand classes, a text file's where it has two"
+    torch.manual_seed(0)
+    for n in (2, 1000):
+        torch.save(timm.create_model('revvit_tiny_patch16_224', num_classes=n).state_dict(), tmp_path/f'{n}.pth')
+    (tmp_path/'few.txt').write_text('a\nb\n\n')
+    r = here(zoo, 'revvit_predict', 'noise.png', '--weights', tmp_path/'2.pth', '--classes', tmp_path/'few.txt')
+    assert r.returncode == 0 and sorted(re.findall(r'(\w) \(', r.stdout)) == ['a','b']
+    line = ['noise.png', '--weights', tmp_path/'1000.pth', '--top', 1]
+    a,b = (here(zoo, 'revvit_predict', *line, *more) for more in ([], ['--model', 'revvit_tiny_patch16_224']))
+    assert a.returncode == 0 and a.stdout == b.stdout
+    assert a.stdout.split(': ', 1)[1].rpartition(' (')[0] in timm.data.ImageNetInfo().label_descriptions()
+
+def test_a_run_from_weights_begins_where_they_ended(work, tmp_path, here):
+    "After one more epoch the loss is lower than after the first"
+    weights = work/'runs/digits/checkpoint.pth'
+    assert here(tmp_path, 'revvit_train', '--epochs', 1, '--batch-size', 128, '--weights', weights).returncode == 0
+    first,then = (float((o/'history.csv').read_text().splitlines()[1].split(',')[2])
+                  for o in (work/'runs/digits', tmp_path/'runs/digits'))
+    assert then < first
+
+def test_a_published_recipe_on_ones_own_data(zoo, tmp_path, here, monkeypatch):
+    "What the recipe says reaches config.json, in proportion to the batch and the epochs; the last line says how good it is"
+    small('rev_vit_s', tmp_path, zoo, monkeypatch)
+    words = '--recipe rev_vit_s --data . --epochs 2 --batch-size 4 --workers 0 --out run --average .9'
+    r = here(tmp_path, 'revvit_train', *words.split())
+    assert r.returncode == 0 and 'top-1 ' in r.stdout and 'of 4 held-out files' in r.stdout
+    cfg = json.loads((tmp_path/'run/config.json').read_text())
+    assert (cfg['recipe'], cfg['lr'], cfg['warmup_epochs'], cfg['average']) == ('rev_vit_s', 5e-4*4/512, 2*70/300, .9)
+    assert (cfg['mixup'], cfg['aug']['rand_aug']) == (.8, 'rand-m7-mstd0.5-inc1')
