@@ -725,3 +725,7 @@ def test_a_published_recipe_on_ones_own_data(zoo, tmp_path, here, monkeypatch):
     cfg = json.loads((tmp_path/'run/config.json').read_text())
     assert (cfg['recipe'], cfg['lr'], cfg['warmup_epochs'], cfg['average']) == ('rev_vit_s', 5e-4*4/512, 2*70/300, .9)
     assert (cfg['mixup'], cfg['aug']['rand_aug']) == (.8, 'rand-m7-mstd0.5-inc1')
+
+def test_a_command_that_means_another_run(work, here):
+    words = ['--epochs', 1, '--batch-size', 128, '--out', 'runs/digits', '--resume', '--seed', 3]
+    only_sentence(here(work, 'revvit_train', *words), 'state-1.pth belongs to another run: its --seed is 0, here it is 3')
