@@ -19,6 +19,8 @@ def skip(cell):
 path = Path(sys.argv[1]).resolve()
 nb,shell = read_nb(path),CaptureShell()
 shell.run("import warnings; warnings.simplefilter('ignore', FutureWarning); warnings.simplefilter('ignore', DeprecationWarning)")
+for cell in nb.cells:   # what shows nothing any more shall not keep what it once showed
+    if cell.cell_type == 'code' and not skip(cell): cell.outputs = []
 with working_directory(path.parent): shell.run_all(nb, exc_stop=True, preproc=skip)
 write_nb(nb, path)
 nbdev_clean.__wrapped__(str(path))

@@ -16,14 +16,14 @@ from ..data.images import image_dls
 from ..data.clips import clip_dls
 from ..data.moving_digits import moving_digits_cfg, moving_digits_dls
 
-# %% ../../nbs/training/30_recipes.ipynb #4a96da86
+# %% ../../nbs/training/30_recipes.ipynb #7c258863
 @dataclass(frozen=True)
 class Recipe:
     "What decides a training run, apart from the seed"
     data:str # Kind of data: 'digits', 'images', 'clips' or 'moving_digits'
     model:str # timm name of the model
-    model_args:dict # Its keyword arguments, without channels, image size, frames and classes, which the data decide
-    image_cfg:dict # How a picture or clip becomes a tensor, in timm's words: `input_size`, `mean`, `std`, `interpolation`, `crop_pct`; clips also `frame_stride`, `frame_rate`
+    model_args:dict # Its keyword arguments, but for channels, image size, frames and classes: the data decide those
+    image_cfg:dict # How a picture or clip becomes a tensor, in timm's words; for clips also `frame_stride`, `frame_rate`
     epochs:int # Passes over the training data
     batch_size:int # Images or videos a step, over all processes
     lr:float # Highest learning rate, for `batch_size`
@@ -37,19 +37,23 @@ class Recipe:
     cutmix:float=0. # CutMix' alpha; 0 for none. With both, each batch draws which of them
     aug:dict|None=None # Keywords of the data's augmentation; None for the data's own default
     repeats:int=1 # Clips taken of a video each time it comes up; a step then has `repeats` times as many clips
-    average:float|None=None # Decay per step of the weights' moving average, which is then what is measured and saved; None for no average
+    average:float|None=None # Decay per step of the weights' moving average, which is measured and saved; None for none
     betas:tuple=(.9,.999) # AdamW's memory of gradients and of their squares
     eps:float=1e-8 # AdamW's guard against dividing by zero
     threads:int|None=None # CPU threads that the command uses; None leaves the choice to PyTorch
     def __post_init__(self):
-        for k in ('epochs','batch_size','repeats'):
-            if not isinstance(v:=getattr(self,k), int) or v<1: raise ValueError(f"{k} must be a whole number above 0, got {v!r}")
-        for k in ('lr','eps','clip'):
-            if (v:=getattr(self,k)) is not None and not 0<v<math.inf: raise ValueError(f"{k} must be a number above 0, got {v!r}")
-        for k,top in dict(warmup_epochs=self.epochs, smoothing=1, average=1, warmup_lr=math.inf, final_lr=math.inf, weight_decay=math.inf, mixup=math.inf, cutmix=math.inf).items():
-            if (v:=getattr(self,k)) is not None and not 0<=v<top: raise ValueError(f"{k} must be from 0 to below {top}, got {v!r}")
+        tops = dict(warmup_epochs=self.epochs, smoothing=1, average=1) | dict.fromkeys(_from_0, math.inf)
+        for k,v in vars(self).items():
+            if k in ('epochs','batch_size','repeats') and (not isinstance(v, int) or v<1):
+                raise ValueError(f"{k} must be a whole number above 0, got {v!r}")
+            if k in ('lr','eps','clip') and v is not None and not 0<v<math.inf:
+                raise ValueError(f"{k} must be a number above 0, got {v!r}")
+            if k in tops and v is not None and not 0<=v<tops[k]:
+                raise ValueError(f"{k} must be from 0 to below {tops[k]}, got {v!r}")
 
-# %% ../../nbs/training/30_recipes.ipynb #eb9af8a4
+_from_0 = 'warmup_lr','final_lr','weight_decay','mixup','cutmix'
+
+# %% ../../nbs/training/30_recipes.ipynb #3e229ce1
 @patch
 def changed(self:Recipe,
     epochs:int|None=None, # None keeps the recipe's
@@ -57,37 +61,35 @@ def changed(self:Recipe,
     lr:float|None=None, # None keeps the recipe's, in proportion to the batch size
 )->Recipe:
     "The recipe with other epochs, batch size or learning rate"
-    r = self if epochs is None else replace(self, epochs=epochs, warmup_epochs=self.warmup_epochs*epochs/self.epochs if epochs>0 else 0.)
+    r = self
+    if epochs is not None:
+        r = replace(r, epochs=epochs, warmup_epochs=r.warmup_epochs*epochs/r.epochs if epochs>0 else 0.)
     if batch_size is not None: r = replace(r, batch_size=batch_size)
     r = replace(r, lr=self.lr*r.batch_size/self.batch_size if lr is None else lr)
     if lr is None and r.lr!=self.lr and not rank_distrib():
-        print(f"learning rate {r.lr:g}: the recipe's {self.lr:g} for batches of {self.batch_size}, in proportion to "
-              f"{r.batch_size}")
+        print(f"learning rate {r.lr:g}: the recipe's {self.lr:g} for batches of {self.batch_size}, "
+              f"in proportion to {r.batch_size}")
     return r
 
-# %% ../../nbs/training/30_recipes.ipynb #a1fb9194
-def recipe_model(
-    recipe:Recipe, # Names the model
-    num_classes:int, # Classes of the data
-    seed:int=0, # Of the starting weights
-)->torch.nn.Module:
-    "The recipe's model with fresh weights"
-    set_seed(seed)
-    chans,*frames,height,width = recipe.image_cfg['input_size']
-    return timm.create_model(recipe.model, in_chans=chans, img_size=(height,width), num_classes=num_classes, **recipe.model_args, **({'num_frames': frames[0]} if frames else {}))
+# %% ../../nbs/training/30_recipes.ipynb #eb9af8a4
+recipes = dict(
+    digits=Recipe('digits', 'revvit_tiny_patch16_224',
+        dict(patch_size=4, embed_dim=64, num_heads=4, depth=4, mlp_ratio=2.), digits_cfg,
+        epochs=60, batch_size=64, lr=4e-3, warmup_epochs=6, weight_decay=.2, threads=1),
+    moving_digits=Recipe('moving_digits', 'revmvit_tiny_16x4_224',
+        dict(embed_dim=32, depth=4, stage_starts=(2,), patch_kernel=(3,7,7), patch_stride=(2,4,4), kv_stride=(1,2,2),
+             mlp_ratio=2.), moving_digits_cfg, epochs=4, batch_size=32, lr=2e-3, warmup_epochs=.4, threads=1))
 
-# %% ../../nbs/training/30_recipes.ipynb #103b95ff
-recipes = dict(digits=Recipe('digits', 'revvit_tiny_patch16_224', dict(patch_size=4, embed_dim=64, num_heads=4, depth=4, mlp_ratio=2.), digits_cfg,
-    epochs=60, batch_size=64, lr=4e-3, warmup_epochs=6, weight_decay=.2, threads=1))
-
-# %% ../../nbs/training/30_recipes.ipynb #7e17d079
-imagenet_cfg = dict(input_size=(3,224,224), mean=(.485,.456,.406), std=(.229,.224,.225), interpolation='bicubic', crop_pct=.875)
+# %% ../../nbs/training/30_recipes.ipynb #84700c3c
+imagenet_cfg = dict(input_size=(3,224,224), mean=(.485,.456,.406), std=(.229,.224,.225), interpolation='bicubic',
+                    crop_pct=.875)
 kinetics_cfg = dict(input_size=(3,16,224,224), mean=(.45,.45,.45), std=(.225,.225,.225), interpolation='bilinear',
                     crop_pct=.875, frame_stride=4, frame_rate=30)
 
 def _published(rand_aug, **kwargs):
     "A recipe with what the published ones share"
-    return Recipe(aug=dict(rand_aug=rand_aug, color_jitter=.4, erase=.25, scale=(.08,1.), hflip=.5), mixup=.8, cutmix=1., **kwargs)
+    aug = dict(rand_aug=rand_aug, color_jitter=.4, erase=.25, scale=(.08,1.), hflip=.5)
+    return Recipe(aug=aug, mixup=.8, cutmix=1., **kwargs)
 
 recipes |= dict(
     rev_vit_s=_published('rand-m7-mstd0.5-inc1', data='images', model='revvit_small_patch16_224',
@@ -100,12 +102,21 @@ recipes |= dict(
         model_args=dict(drop_path_rate=.1, shared_drop_path=True, drop_whole=True), image_cfg=imagenet_cfg,
         epochs=300, batch_size=256, lr=2.5e-4, warmup_epochs=70, weight_decay=.05, clip=1.),
     rev_mvit_b_16x4=_published('rand-m7-n4-mstd0.5-inc1', data='clips', model='revmvit_base_16x4_224',
-        model_args=dict(drop_path_rate=.05, drop_rate=.5, shared_drop_path=True, drop_whole=True), image_cfg=kinetics_cfg,
-        epochs=200, batch_size=16, lr=1e-4, warmup_epochs=50, warmup_lr=1e-6, weight_decay=.07, clip=None, repeats=2))
+        model_args=dict(drop_path_rate=.05, drop_rate=.5, shared_drop_path=True, drop_whole=True),
+        image_cfg=kinetics_cfg, epochs=200, batch_size=16, lr=1e-4, warmup_epochs=50, warmup_lr=1e-6,
+        weight_decay=.07, clip=None, repeats=2))
 
-# %% ../../nbs/training/30_recipes.ipynb #c1cdabb6
-recipes['moving_digits'] = Recipe('moving_digits', 'revmvit_tiny_16x4_224', dict(embed_dim=32, depth=4, stage_starts=(2,), patch_kernel=(3,7,7), patch_stride=(2,4,4), kv_stride=(1,2,2), mlp_ratio=2.),
-    moving_digits_cfg, epochs=4, batch_size=32, lr=2e-3, warmup_epochs=.4, threads=1)
+# %% ../../nbs/training/30_recipes.ipynb #a1fb9194
+def recipe_model(
+    recipe:Recipe, # Names the model
+    num_classes:int, # Classes of the data
+    seed:int=0, # Of the starting weights
+)->torch.nn.Module:
+    "The recipe's model with fresh weights"
+    set_seed(seed)
+    chans,*frames,height,width = recipe.image_cfg['input_size']
+    args = dict(recipe.model_args, num_frames=frames[0]) if frames else recipe.model_args
+    return timm.create_model(recipe.model, in_chans=chans, img_size=(height,width), num_classes=num_classes, **args)
 
 # %% ../../nbs/training/30_recipes.ipynb #dd140cbd
 def recipe_dls(

@@ -1,0 +1,184 @@
+"Recipes: the published numbers typed again, what is refused, what follows from what, and the share of a process"
+import math, os
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest, torch
+from fastai.vision.all import DataLoaders
+from torch import nn
+from revvit.data.images import digits_cfg
+from revvit.models.mvit import RevMViT
+from revvit.models.vit import RevViT
+from revvit.training.learner import learner
+from revvit.training.recipes import Recipe, recipe_dls, recipe_model, recipes, warmup_cosine
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings('ignore')
+name = 'revvit_tiny_patch16_224'
+recipe = Recipe('digits', name, {}, digits_cfg, epochs=2, batch_size=64, lr=1e-3, warmup_epochs=.5)
+nan,inf = math.nan,math.inf
+
+# ---------------------------------------------------------------- Recipe
+
+@pytest.mark.parametrize('k,v,said', [
+    ('epochs', -1, 'epochs must be a whole number above 0, got -1'),
+    ('epochs', 1.5, 'epochs must be a whole number above 0, got 1.5'),
+    ('batch_size', 0, 'batch_size must be a whole number above 0, got 0'),
+    ('repeats', 0, 'repeats must be a whole number above 0, got 0'),
+    ('lr', 0, 'lr must be a number above 0, got 0'),
+    ('lr', nan, 'lr must be a number above 0, got nan'),
+    ('eps', -1e-8, 'eps must be a number above 0, got -1e-08'),
+    ('clip', 0, 'clip must be a number above 0, got 0'),
+    ('warmup_epochs', 2, 'warmup_epochs must be from 0 to below 2, got 2'),
+    ('warmup_lr', inf, 'warmup_lr must be from 0 to below inf, got inf'),
+    ('final_lr', -1e-6, 'final_lr must be from 0 to below inf, got -1e-06'),
+    ('smoothing', -.1, 'smoothing must be from 0 to below 1, got -0.1'),
+    ('smoothing', 1, 'smoothing must be from 0 to below 1, got 1'),
+    ('weight_decay', inf, 'weight_decay must be from 0 to below inf, got inf'),
+    ('mixup', -.1, 'mixup must be from 0 to below inf, got -0.1'),
+    ('cutmix', nan, 'cutmix must be from 0 to below inf, got nan'),
+    ('average', 1, 'average must be from 0 to below 1, got 1')], ids=str)
+def test_what_cannot_be_meant_is_refused(k, v, said):
+    with pytest.raises(ValueError) as e: replace(recipe, **{k: v})
+    assert str(e.value) == said
+
+def test_none_is_no_limit_and_no_average():
+    assert replace(recipe, clip=None, average=None).clip is None
+
+@pytest.mark.parametrize('kw,want', [
+    (dict(), (2, .5, 64, 1e-3)),
+    (dict(batch_size=128), (2, .5, 128, 2e-3)),
+    (dict(epochs=5, batch_size=128, lr=.1), (5, 1.25, 128, .1)),
+    (dict(lr=.2), (2, .5, 64, .2))], ids=str)
+def test_changed(kw, want):
+    r = recipe.changed(**kw)
+    assert (r.epochs, r.warmup_epochs, r.batch_size, r.lr) == want
+
+@pytest.mark.parametrize('kw,said', [(dict(epochs=0), 'epochs must be a whole number above 0, got 0'),
+    (dict(lr=-1.), 'lr must be a number above 0, got -1.0')], ids=str)
+def test_changed_refuses(kw, said):
+    with pytest.raises(ValueError, match=said): recipe.changed(**kw)
+
+# ---------------------------------------------------------------- the recipes of the package
+
+TABLE = """                    rev_vit_s  rev_vit_b  rev_mvit_b  rev_mvit_b_16x4
+           epochs         300        300         300              200
+       batch_size         512        512         256               16
+               lr      0.0005     0.0005     0.00025           0.0001
+    warmup_epochs          70         70          70               50
+        warmup_lr       1e-08      1e-08       1e-08            1e-06
+         final_lr       1e-06      1e-06       1e-06            1e-06
+     weight_decay        0.05        0.1        0.05             0.07
+             clip           1          2           1             None
+        smoothing         0.1        0.1         0.1              0.1
+            mixup         0.8        0.8         0.8              0.8
+           cutmix           1          1           1                1
+          repeats           1          1           1                2
+   drop_path_rate         0.1        0.2         0.1             0.05
+        drop_rate           0          0           0              0.5
+            erase        0.25       0.25        0.25             0.25
+         rand_aug  rand-m7-mstd0.5-inc1 rand-m6-n5-mstd0.5-inc1 rand-m9-n6-mstd0.5-inc1 rand-m7-n4-mstd0.5-inc1"""
+published,*ROWS = [o.split() for o in TABLE.splitlines()]
+def number(s):
+    if s == 'None': return None
+    try: return float(s)
+    except ValueError: return s
+
+@pytest.mark.parametrize('row', ROWS, ids=lambda o: o[0])
+def test_published_numbers(row):
+    k,*vals = row
+    got = [{'drop_rate': 0, **vars(r), **r.model_args, **r.aug}[k] for r in map(recipes.get, published)]
+    assert got == [number(o) for o in vals]
+
+@pytest.mark.parametrize('which', published)
+def test_published_habits(which):
+    "Adam's defaults, one drop path mask for both halves, and in Rev-MViT no residual of a dropped sample"
+    r = recipes[which]
+    assert (r.betas, r.eps, r.model_args['shared_drop_path']) == ((.9,.999), 1e-8, True)
+    assert r.model_args.get('drop_whole') is (True if 'mvit' in r.model else None)
+
+@pytest.mark.parametrize('which,size', [*zip(published, (22_434_664, 87_335_656, 39_689_320, 34_963_120))])
+def test_published_models(which, size):
+    "As many numbers as published, and the recipe's drop path and dropout in the model"
+    r = recipes[which]
+    with torch.device('meta'): m = recipe_model(r, 400 if '16x4' in which else 1000)
+    assert sum(p.numel() for p in m.parameters()) == size
+    assert m.model_args['drop_path_rate'] == r.model_args['drop_path_rate'] and m.model_args['shared_drop_path']
+    assert m.head_drop.p == r.model_args.get('drop_rate', 0.)
+    if which == 'rev_mvit_b':
+        assert [o.drop_prob for o in m.drops] == pytest.approx([.1*i/15 for i in (1,3,14)], rel=1e-12)
+
+def test_the_digits_and_the_moving_digits():
+    "What the data give, the models take"
+    digits,moving = recipes['digits'],recipes['moving_digits']
+    m = recipe_model(digits, 10)
+    assert type(m) is RevViT and m(torch.randn(2,1,16,16)).shape == (2,10)
+    assert (len(m.blocks), m.model_args['embed_dim'], digits.aug) == (4, 64, None)
+    m = recipe_model(moving, 8)
+    assert type(m) is RevMViT and m(torch.randn(2,3,8,32,32)).shape == (2,8) and [len(o) for o in m.stages] == [2,1]
+
+def test_without_arguments_the_model_is_timms_for_the_size():
+    m = recipe_model(recipe, 10)
+    assert (m.num_classes, m.patch_embed.img_size) == (10, (16,16))
+
+# ---------------------------------------------------------------- data
+
+@pytest.mark.parametrize('which', ['rev_vit_s', 'rev_mvit_b_16x4'])
+def test_the_data_are_yours(which):
+    with pytest.raises(ValueError, match=r'of this recipe are yours: say where they are \(--data\)'):
+        recipe_dls(recipes[which])
+
+@pytest.mark.parametrize('world,rank,want', [('1', '0', (64,0,1)), ('2', '1', (32,1,2))], ids=str)
+def test_a_share_of_the_batch(world, rank, want):
+    with patch.dict(os.environ, WORLD_SIZE=world, RANK=rank): dl = recipe_dls(recipes['digits'], device='cpu').train
+    assert (dl.bs, dl.rank, dl.world) == want
+
+def test_a_share_must_be_whole():
+    with patch.dict(os.environ, WORLD_SIZE='3'), pytest.raises(ValueError, match='3 processes cannot share a batch of 64'):
+        recipe_dls(recipes['digits'])
+
+# ---------------------------------------------------------------- rates
+
+def test_warmup_cosine_by_hand():
+    assert [warmup_cosine(p/4, 1., .5) for p in range(5)] == pytest.approx([0.,.5,1.,.5,0.], abs=1e-15)
+    assert [warmup_cosine(p, 1.) for p in (0.,1/3,1.)] == pytest.approx([1.,.75,0.], abs=1e-15)   # cos 60 degrees is a half
+    rate = [warmup_cosine(o/300, 5e-4, 70/300, 1e-8, 1e-6) for o in (0,35,70,185,300)]
+    assert rate == pytest.approx([1e-8, (5e-4+1e-8)/2, 5e-4, (5e-4+1e-6)/2, 1e-6], rel=1e-12)
+
+def publishers_lr(epoch, base, max_epoch, warmup_epochs, warmup_start, end=1e-6):
+    "The learning rate at a fractional epoch, in the publisher's words"
+    if epoch < warmup_epochs: return warmup_start + (base-warmup_start)/warmup_epochs*epoch
+    return end + (base-end)*.5*(math.cos(math.pi*(epoch-warmup_epochs)/(max_epoch-warmup_epochs))+1)
+
+FACTS = dict(rev_vit_s=(5e-4, 300, 70, 1e-8), rev_vit_b=(5e-4, 300, 70, 1e-8),
+             rev_mvit_b=(2.5e-4, 300, 70, 1e-8), rev_mvit_b_16x4=(1e-4, 200, 50, 1e-6))
+
+def little():
+    "Batches of two, four steps an epoch"
+    ds = [(torch.zeros(4), 0)]*8
+    dls = DataLoaders.from_dsets(ds, ds[:2], bs=2, device='cpu')
+    dls.vocab = ['a','b']
+    return dls
+
+@pytest.mark.parametrize('which', FACTS)
+def test_every_step_has_the_publishers_rate(which):
+    "What the scheduler gives the optimizer at each step of all epochs, without the training"
+    r,(base,epochs,warmup,start) = recipes[which],FACTS[which]
+    learn = learner(little(), r.changed(batch_size=2, lr=r.lr), nn.Linear(4,2))
+    learn.create_opt()
+    learn.schedule.before_fit()
+    for e in range(epochs):
+        for i in range(4):
+            learn.pct_train = (e+i/4)/epochs
+            learn.schedule.before_batch()
+            want = publishers_lr(e+i/4, base, epochs, warmup, start)
+            assert learn.opt.hypers[-1]['lr'] == pytest.approx(want, rel=1e-12)
+
+@pytest.mark.parametrize('world,lr', [('1', 2.5e-4), ('2', 5e-4), ('16', 4e-3)])
+@pytest.mark.filterwarnings('error:the recipe')
+def test_processes_together_have_the_recipes_batch(world, lr):
+    "Half of it on each of two is the recipe's, without a word; one changed for another batch has a rate in proportion"
+    with patch.dict(os.environ, WORLD_SIZE=world):
+        r = replace(recipes['rev_vit_s'], batch_size=4).changed(batch_size=2*int(world))
+        learn = learner(little(), r, nn.Linear(4,2))
+    assert learn.lr == pytest.approx(lr, rel=1e-12)
