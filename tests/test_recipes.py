@@ -134,14 +134,15 @@ def test_a_share_of_the_batch(world, rank, want):
     assert (dl.bs, dl.rank, dl.world) == want
 
 def test_a_share_must_be_whole():
-    with patch.dict(os.environ, WORLD_SIZE='3'), pytest.raises(ValueError, match='3 processes cannot share a batch of 64'):
-        recipe_dls(recipes['digits'])
+    said = '3 processes cannot share a batch of 64 evenly'
+    with patch.dict(os.environ, WORLD_SIZE='3'), pytest.raises(ValueError, match=said): recipe_dls(recipes['digits'])
 
 # ---------------------------------------------------------------- rates
 
 def test_warmup_cosine_by_hand():
     assert [warmup_cosine(p/4, 1., .5) for p in range(5)] == pytest.approx([0.,.5,1.,.5,0.], abs=1e-15)
-    assert [warmup_cosine(p, 1.) for p in (0.,1/3,1.)] == pytest.approx([1.,.75,0.], abs=1e-15)   # cos 60 degrees is a half
+    # without a warm-up; the cosine of 60 degrees is a half
+    assert [warmup_cosine(p, 1.) for p in (0.,1/3,1.)] == pytest.approx([1.,.75,0.], abs=1e-15)
     rate = [warmup_cosine(o/300, 5e-4, 70/300, 1e-8, 1e-6) for o in (0,35,70,185,300)]
     assert rate == pytest.approx([1e-8, (5e-4+1e-8)/2, 5e-4, (5e-4+1e-6)/2, 1e-6], rel=1e-12)
 

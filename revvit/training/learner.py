@@ -40,9 +40,12 @@ def set_amp(
 )->Learner:
     "Mixed precision by name, refused where fastai would silently ignore it"
     cuda = torch.device(learn.dls.device or 'cpu').type=='cuda'
-    if amp not in ('auto','bf16','fp16','off'): raise ValueError(f"amp must be 'auto', 'bf16', 'fp16' or 'off', got {amp!r}")
+    if amp not in ('auto','bf16','fp16','off'):
+        raise ValueError(f"amp must be 'auto', 'bf16', 'fp16' or 'off', got {amp!r}")
     if amp=='auto': amp = 'off' if not cuda else 'bf16' if torch.cuda.is_bf16_supported() else 'fp16'
-    if amp!='off' and not cuda: raise ValueError(f"amp={amp!r} needs a CUDA device: on {learn.dls.device} fastai would silently train in float32")
+    if amp!='off' and not cuda:
+        raise ValueError(f"amp={amp!r} needs a CUDA device: on {learn.dls.device} fastai would silently train in "
+                         "float32")
     return learn if amp=='off' else learn.to_bf16() if amp=='bf16' else learn.to_fp16()
 
 # %% ../../nbs/training/32_learner.ipynb #436e0f8f
@@ -83,26 +86,29 @@ def learner(
     classes = len(dls.vocab)
     if model is None: model = recipe_model(recipe, classes, seed)
     r = _for_batches(recipe, dls.train.bs*max(1, num_distrib()))
-    cbs = [SeedRun(seed), StopOnNonFinite(r.clip), Schedule(r.warmup_epochs/r.epochs, r.warmup_lr, r.final_lr), LossLater(), PlainLog()]
+    cbs = [SeedRun(seed), StopOnNonFinite(r.clip), LossLater(), PlainLog(),
+           Schedule(r.warmup_epochs/r.epochs, r.warmup_lr, r.final_lr)]
     if r.mixup or r.cutmix: cbs.append(MixBatches(r.mixup, r.cutmix, r.smoothing, classes))
     if r.average: cbs.append(WeightAverage(r.average))
+    adamw = partial(_AdamW, opt=torch.optim.AdamW, convert_groups=False, betas=r.betas, eps=r.eps,
+                    fused=_fused(dls.device))
     learn = Learner(dls, model, loss_func=MixLoss(eps=r.smoothing), metrics=accuracy, lr=r.lr, cbs=cbs,
-        splitter=partial(param_groups_weight_decay, weight_decay=r.weight_decay),
-        opt_func=partial(_AdamW, opt=torch.optim.AdamW, convert_groups=False, betas=r.betas, eps=r.eps, fused=_fused(dls.device)))
+                    opt_func=adamw, splitter=partial(param_groups_weight_decay, weight_decay=r.weight_decay))
     learn.recipe = r
     if out: record_run(learn, out, r.image_cfg)
     return set_amp(learn, amp)
 
-# %% ../../nbs/training/32_learner.ipynb #13a36168
+# %% ../../nbs/training/32_learner.ipynb #b3666fb1
 def plot_history(
     learn:Learner, # After `fit`
     path:str|Path|None=None, # Image file to write; None for none
 )->Figure:
     "Training and validation loss by step, and the accuracy after each epoch"
     rec,fig = learn.recorder,Figure(figsize=(8,3), layout='constrained')
-    names = rec.metric_names[1:-1]   # without epoch and time
-    if not rec.losses: raise ValueError("nothing to plot: fastai's recorder is empty before a fit, and emptied by validate and get_preds")
-    vals = dict(zip(names, zip(*rec.values)))
+    if not rec.losses:
+        raise ValueError("nothing to plot: fastai's recorder is empty before a fit, "
+                         "and emptied by validate and get_preds")
+    vals = dict(zip(rec.metric_names[1:-1], zip(*rec.values)))   # without epoch and time
     a,b = fig.subplots(1,2)
     a.plot(range(1, len(rec.losses)+1), [*map(float, rec.losses)], label='training (running mean)')
     a.plot(rec.iters, vals['valid_loss'], 'o-', ms=3, label='held out')
