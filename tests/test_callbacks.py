@@ -9,7 +9,7 @@ import numpy as np, pytest, torch
 from fastai.vision.all import AvgSmoothLoss, Callback, CSVLogger, Learner, MixedPrecision, OptimWrapper, set_seed
 from torch import nn
 from torch.testing import assert_close
-from revvit.data.images import digits_dls
+from revvit.data.digits import digits_dls
 from revvit.models.vit import RevViT
 from revvit.training import callbacks
 from revvit.training.callbacks import MixBatches, MixLoss, NonFiniteError, PlainLog, RunLog, SeedRun, StopOnNonFinite

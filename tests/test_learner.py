@@ -1,5 +1,5 @@
 "A learner made from a recipe, as fastai's users handle one: rates used as given, its other ways to fit, and what a log holds on a terminal, in a file and in a pipe"
-import os, re, subprocess, sys, warnings
+import math, os, random, re, sys, warnings
 from contextlib import redirect_stdout
 from dataclasses import replace
 from unittest import mock
@@ -7,11 +7,12 @@ from unittest import mock
 import numpy as np, pytest, torch
 from fastai.vision.all import Callback, CancelFitException, GradientClip
 from revvit.models.files import read_checkpoint
+from revvit.models.checkpoints import load_model
 from revvit.data.digits import digits_dls
 from revvit.training.resume import keep_state, states
 from revvit.training.recipes import recipes
 from revvit.training.callbacks import NonFiniteError
-from revvit.training.learner import learner
+from revvit.training.learner import learner, plot_history
 from test_resume import command
 from test_training import same, small, spawn, wait
 
@@ -314,3 +315,95 @@ def test_the_losses_are_fastais():
             self.all.append(seen.value)
     quiet(learn, 'fit', 2, cbs=(beside := Beside()))
     assert len(beside.all) == 10 and same(list(map(float, learn.recorder.losses)), list(map(float, beside.all)))
+
+# ---------------------------------------------------------------- the parts of a learner
+
+def parts(learn): return [type(o).__name__ for o in learn.cbs.sorted('order')]
+always = ['SeedRun','TrainEvalCallback','CastToTensor','StopOnNonFinite','Recorder','LossLater','PlainLog',
+          'ProgressCallback','Schedule']
+
+@pytest.mark.parametrize('change,more', [(dict(), {}), (dict(mixup=.8), dict(MixBatches=3)),
+    (dict(cutmix=1.), dict(MixBatches=3)), (dict(average=.9), dict(WeightAverage=1))], ids=str)
+def test_callbacks_in_order(change, more):
+    want = always[:]
+    for k,i in more.items(): want.insert(i, k)
+    assert parts(make(replace(plain, **change))) == want
+
+def test_a_run_has_the_formulas_rates():
+    "At every step of two epochs, a fifth of an epoch of them for warming up"
+    learn = quiet(make(replace(plain, lr=2e-3, warmup_epochs=.4)), 'fit', 2)
+    n,w,b = 10,2,2e-3
+    down = lambda i: 1e-6+(b-1e-6)*(1+math.cos(math.pi*(i-w)/(n-w)))/2
+    want = [1e-8+(b-1e-8)*i/w if i < w else down(i) for i in range(n)]
+    assert learn.recorder.lrs == pytest.approx(want, rel=1e-6)
+
+def test_vectors_are_not_decayed():
+    "Two groups by dimension, decay on one, the recipe's betas and eps on both"
+    learn = make(replace(plain, weight_decay=.2, betas=(.8,.99), eps=1e-6))
+    learn.create_opt()
+    free,decayed = learn.opt.opt.param_groups
+    got = [(o['weight_decay'], o['betas'], o['eps']) for o in (free,decayed)]
+    assert got == [(0.,(.8,.99),1e-6), (.2,(.8,.99),1e-6)]
+    named = {id(p): n for n,p in learn.model.named_parameters()}
+    names = [{named[id(p)] for p in o['params']} for o in (free,decayed)]
+    assert names[0] == {n for n,p in learn.model.named_parameters() if p.ndim <= 1}
+    assert names[0] | names[1] == {*named.values()}
+    assert 'head.bias' in names[0] and {'pos_embed','head.weight'} <= names[1]
+
+@pytest.mark.parametrize('amp,said', [('bf16', "amp='bf16' needs a CUDA device: on cpu fastai would silently train"),
+    ('fp16', "amp='fp16' needs a CUDA device"), ('half', "amp must be 'auto', 'bf16', 'fp16' or 'off', got 'half'")])
+def test_amp_that_cannot_be_is_refused(amp, said):
+    with pytest.raises(ValueError, match=said): make(amp=amp)
+
+@pytest.mark.parametrize('amp', ['auto','off'])
+def test_on_a_cpu_nothing_is_mixed(amp): assert not hasattr(make(amp=amp), 'mixed_precision')
+
+def test_of_several_processes_the_first_writes(tmp_path):
+    learn = make(out=tmp_path/'a'/'b')
+    save = learn.save_checkpoint
+    assert (learn.path, save.path) == (tmp_path/'a'/'b', tmp_path/'a'/'b'/'checkpoint.pth') and learn.path.is_dir()
+    assert save.kwargs == dict(class_names=[str(o) for o in range(10)], input_settings=plain.image_cfg)
+    with mock.patch.dict(os.environ, RANK='1'): other = make(out=tmp_path/'c')
+    assert not hasattr(other, 'run_log') and not hasattr(other, 'save_checkpoint') and not (tmp_path/'c').exists()
+
+def test_the_file_holds_what_was_trained(tmp_path):
+    "Weights as they are now, class names and image settings; the log has a line per epoch"
+    ran = quiet(make(out=tmp_path), 'fit', 2)
+    back = load_model(ran.path/'checkpoint.pth')
+    assert same(back.state_dict(), ran.model.state_dict())
+    assert back.pretrained_cfg['label_names'] == [str(o) for o in range(10)]
+    assert {k: back.pretrained_cfg[k] for k in plain.image_cfg} == plain.image_cfg
+    log = (ran.path/'history.csv').read_text().splitlines()
+    assert (log[0], len(log)) == ('epoch,train_loss,valid_loss,accuracy,time', 3)
+
+def test_the_picture_of_a_run(tmp_path):
+    "Both losses at their steps, the accuracy at its epochs; nothing else is written by predictions and validations"
+    ran = quiet(make(out=tmp_path/'run'), 'fit', 2)
+    losses,acc = (o.lines for o in plot_history(ran, tmp_path/'history.png').axes)
+    assert len(losses[0].get_ydata()) == 10 and [*losses[1].get_xdata()] == [5,10] and [*acc[0].get_xdata()] == [1,2]
+    log = (ran.path/'history.csv').read_text().splitlines()
+    assert acc[0].get_ydata()[-1]/100 == pytest.approx(float(log[-1].split(',')[3]), abs=1e-6)
+    assert (tmp_path/'history.png').read_bytes()[:4] == b'\x89PNG'
+    was = {o.name: o.stat().st_mtime_ns for o in ran.path.iterdir()}
+    quiet(ran, 'get_preds'), quiet(ran, 'validate')
+    assert {o.name: o.stat().st_mtime_ns for o in ran.path.iterdir()} == was
+    with pytest.raises(ValueError, match='nothing to plot'): plot_history(ran)
+
+# ---------------------------------------------------------------- R6
+
+busy = replace(plain, model_args=dict(patch_size=4, embed_dim=16, num_heads=2, depth=2, drop_path_rate=.2,
+                                      proj_drop_rate=.1, attn_drop_rate=.1))
+def weights(seed=0, workers=0, reversible=True):
+    "After ten steps with everything random switched on, in one vector"
+    torch.rand(random.randint(1, 9)) # whatever was drawn before must not matter
+    learn = learner(digits_dls(bs=256, workers=workers, device='cpu'), busy, seed=seed)
+    learn.model.set_reversible(reversible)
+    quiet(learn, 'fit', 2)
+    return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+
+def test_R6_one_seed_one_result():
+    "To the bit, also when two other processes gather the batches; stored activations differ by rounding alone"
+    w = weights()
+    assert torch.equal(weights(), w) and torch.equal(weights(workers=2), w)
+    assert not torch.allclose(weights(seed=1), w, atol=1e-3)
+    assert (weights(reversible=False)-w).norm()/w.norm() < 1e-5

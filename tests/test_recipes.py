@@ -6,7 +6,7 @@ from unittest.mock import patch
 import pytest, torch
 from fastai.vision.all import DataLoaders
 from torch import nn
-from revvit.data.images import digits_cfg
+from revvit.data.digits import digits_cfg
 from revvit.models.mvit import RevMViT
 from revvit.models.vit import RevViT
 from revvit.training.learner import learner

@@ -210,6 +210,7 @@ def test_published_recipe_trains_tests_resumes(name, imagenet, kinetics, tmp_pat
     assert all(torch.isfinite(torch.stack(one.recorder.losses)))
     x,_ = one.dls.train.one_batch()
     assert len(x) == 2*full.repeats and len(one.dls.vocab) == (2 if full.data == 'clips' else 3)
+    for dl in one.dls: assert dl.one_batch()[0].shape[1:] == cfg['input_size']
     class Stop(Callback):
         order = 90
         def after_epoch(self): raise KeyboardInterrupt

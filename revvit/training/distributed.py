@@ -50,10 +50,11 @@ def from_first(
     if isinstance(box[0], Exception): raise box[0]
     return box[0]
 
-# %% ../../nbs/training/33_distributed.ipynb #afd76a97
+# %% ../../nbs/training/33_distributed.ipynb #aac35efc
 def _sum(*values):
     "Sums over all processes, in the order in which they are given"
-    t = torch.tensor([float(o) for o in values], dtype=torch.float64, device='cuda' if dist.get_backend()=='nccl' else 'cpu')
+    device = 'cuda' if dist.get_backend()=='nccl' else 'cpu'
+    t = torch.tensor([float(o) for o in values], dtype=torch.float64, device=device)
     dist.all_reduce(t)
     return t.tolist()
 
@@ -65,9 +66,12 @@ class Distribute(Callback):
         if is_searching(self.learn):
             raise ValueError("lr_find is for one process: look for the rate without torchrun, then start the run")
         odd = [o.name for o in self.learn.metrics if not isinstance(o, AvgMetric)]
-        if odd: raise ValueError(f"{odd[0]} is no mean over items, so its parts in several processes cannot be added up: measure it afterwards, in one process")
+        if odd:
+            raise ValueError(f"{odd[0]} is no mean over items, so its parts in several processes cannot be added up: "
+                             "measure it afterwards, in one process")
     def before_train(self):
-        if self.wrapped is None or self.wrapped.module is not self.model: # once a fit: its buckets are as large as the model
+        # once a fit: its buckets are as large as the model
+        if self.wrapped is None or self.wrapped.module is not self.model:
             ids = [torch.cuda.current_device()] if next(self.model.parameters()).is_cuda else None
             self.wrapped = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False,
                                                    gradient_as_bucket_view=True)
@@ -85,7 +89,10 @@ def distribute(
 )->Learner:
     "Let a learner train with the other processes"
     if not dist.is_initialized(): return learn
-    if not getattr(learn.dls.train, 'sharded', False) and getattr(learn.dls.train, 'world', 1)!=dist.get_world_size(): raise ValueError(f"the loaders are for {getattr(learn.dls.train, 'world', 1)} processes, not for {dist.get_world_size()}: make them after join_group, with rank and world")
+    dl,world = learn.dls.train,dist.get_world_size()
+    if not getattr(dl, 'sharded', False) and (has:=getattr(dl, 'world', 1))!=world:
+        raise ValueError(f"the loaders are for {has} processes, not for {world}: make them after join_group, "
+                         "with rank and world")
     if rank_distrib():
         learn.remove_cb(ProgressCallback)
         learn.logger = _silent

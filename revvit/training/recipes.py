@@ -23,7 +23,7 @@ class Recipe:
     data:str # Kind of data: 'digits', 'images', 'clips' or 'moving_digits'
     model:str # timm name of the model
     model_args:dict # Its keyword arguments, but for channels, image size, frames and classes: the data decide those
-    image_cfg:dict # How a picture or clip becomes a tensor, in timm's words; for clips also `frame_stride`, `frame_rate`
+    image_cfg:dict # How a picture or clip becomes a tensor, in timm's words; clips also `frame_stride`, `frame_rate`
     epochs:int # Passes over the training data
     batch_size:int # Images or videos a step, over all processes
     lr:float # Highest learning rate, for `batch_size`
@@ -126,7 +126,8 @@ def recipe_dls(
 ): # fastai `DataLoaders`
     "The recipe's data; of a process of several, its share"
     world = max(1, num_distrib())
-    if recipe.batch_size%world: raise ValueError(f"{world} processes cannot share a batch of {recipe.batch_size} evenly")
+    if recipe.batch_size%world:
+        raise ValueError(f"{world} processes cannot share a batch of {recipe.batch_size} evenly")
     kwargs['bs'] = recipe.batch_size//world
     if world>1: kwargs.update(rank=rank_distrib(), world=world)
     if recipe.aug: kwargs['aug'] = recipe.aug

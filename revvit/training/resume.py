@@ -26,15 +26,19 @@ from .callbacks import is_searching, rate_scheduler, unwrapped
 def _identity(learn):
     "What must be equal for one learner to continue the run of another"
     amp = getattr(getattr(learn, 'mixed_precision', None), 'amp_mode', None)
-    return dict(asdict(learn.recipe), seed=learn.seed_run.seed, steps=len(learn.dls.train), amp=None if amp is None else str(amp.value), classes=list(map(str, learn.dls.vocab)))
+    return dict(asdict(learn.recipe), seed=learn.seed_run.seed, steps=len(learn.dls.train),
+                amp=None if amp is None else str(amp.value), classes=list(map(str, learn.dls.vocab)))
 
-def _bare_tensor(t): return torch.as_tensor(t).as_subclass(torch.Tensor)   # fastai's own tensor types are no plain content of a file
+# fastai's own tensor types are no plain content of a file
+def _plain(t): return torch.as_tensor(t).as_subclass(torch.Tensor).cpu()
 
 def _history(learn):
     "What was recorded so far"
     r = learn.recorder
-    return dict(lrs=torch.tensor(r.lrs, dtype=torch.float64), losses=torch.stack([_bare_tensor(o).cpu() for o in r.losses]) if r.losses else torch.zeros(0), iters=list(r.iters), values=[list(o) for o in r.values],
-        count=r.smooth_loss.count, loss=_bare_tensor(r.smooth_loss.val).cpu(), rows=list(learn.run_log.rows) if hasattr(learn, 'run_log') else [])
+    losses = torch.stack([_plain(o) for o in r.losses]) if r.losses else torch.zeros(0)
+    return dict(lrs=torch.tensor(r.lrs, dtype=torch.float64), losses=losses, iters=list(r.iters),
+                values=[list(o) for o in r.values], count=r.smooth_loss.count, loss=_plain(r.smooth_loss.val),
+                rows=list(learn.run_log.rows) if hasattr(learn, 'run_log') else [])
 
 # what tells one schedule from another
 def _rates(learn): return [L(rate_scheduler(learn).scheds['lr'](o/8))[-1] for o in range(8)]
@@ -44,7 +48,7 @@ def _progress(learn, epoch, step):
     scaler,avg = getattr(learn, 'scaler', None),getattr(learn, 'weight_average', None)
     return dict(run=_identity(learn), rates=_rates(learn), epoch=epoch, step=step, train_iter=learn.train_iter,
                 pct_train=learn.pct_train, opt=learn.opt.opt.state_dict(), history=_history(learn),
-        scaler=scaler.state_dict() if scaler else None, average=avg.ema.module.state_dict() if avg else None)
+                scaler=scaler.state_dict() if scaler else None, average=avg.ema.module.state_dict() if avg else None)
 
 # %% ../../nbs/training/34_resume.ipynb #6b105e97
 _NAME = re.compile(r'state-(\d+)(?:-(\d+))?\.pth')
@@ -96,10 +100,12 @@ class KeepState(Callback):
         if self.every and self.step%self.every==0: return True
         return self.minutes is not None and not rank_distrib() and monotonic()-self.since>=60*self.minutes
     def save(self, epoch, step):
-        if hasattr(self.learn, 'stop_on_non_finite'): self.learn.stop_on_non_finite.settle()   # no state of a run that is to stop
+        # no state of a run that is to stop
+        if hasattr(self.learn, 'stop_on_non_finite'): self.learn.stop_on_non_finite.settle()
         if rank_distrib(): return
         avg,like = getattr(self.learn, 'weight_average', None),getattr(self.learn, 'save_checkpoint', None)
-        save_checkpoint(unwrapped(avg.trained if avg else self.model), _file(self.folder, epoch, step), **(like.kwargs if like else {}), extra=_progress(self.learn, epoch, step))
+        save_checkpoint(unwrapped(avg.trained if avg else self.model), _file(self.folder, epoch, step),
+                        **(like.kwargs if like else {}), extra=_progress(self.learn, epoch, step))
         for o in states(self.folder)[self.keep:]: o.unlink(missing_ok=True)
         self.since = monotonic()
 
@@ -109,7 +115,9 @@ def _restore(learn, content):
     t,model = content['extra'],learn.model.to(learn.dls.device)
     mine,theirs = _identity(learn),t['run']
     for k in mine:
-        if mine[k]!=theirs.get(k): raise ValueError(f"{content['path']} belongs to another run: its {k} is {theirs.get(k)!r}, here it is {mine[k]!r}")
+        if mine[k]!=theirs.get(k):
+            raise ValueError(f"{content['path']} belongs to another run: its {k} is {theirs.get(k)!r}, "
+                             f"here it is {mine[k]!r}")
     # chunks may change when memory does
     theirs,mine = ({**o, 'chunk':None} for o in (content['model_args'], model.model_args))
     if theirs!=mine: raise ValueError(f"{content['path']} belongs to another model: {content['model_args']}")
@@ -124,12 +132,14 @@ def _restore(learn, content):
 
 # %% ../../nbs/training/34_resume.ipynb #df38c49f
 @patch
-def _aside(self:KeepState): return self.learn.lock.locked() or is_searching(self.learn)
+def _stands_aside(self:KeepState): return self.learn.lock.locked() or is_searching(self.learn)
 
 @patch
 def before_fit(self:KeepState):
-    if (t:=self.pending) is None or self._aside(): return
-    if self.n_epoch!=t['run']['epochs']: raise ValueError(f"the run was planned for {t['run']['epochs']} epochs and cannot go on with {self.n_epoch}: its learning rates would not fit")
+    if (t:=self.pending) is None or self._stands_aside(): return
+    if self.n_epoch!=t['run']['epochs']:
+        raise ValueError(f"the run was planned for {t['run']['epochs']} epochs and cannot go on with {self.n_epoch}: "
+                         "its learning rates would not fit")
     if t['rates']!=(now:=_rates(self.learn)):
         raise ValueError(f"the run was planned for learning rates up to about {max(t['rates']):.1g} and cannot go on "
                          f"with others, up to {max(now):.1g}: fit as it was begun")
@@ -141,14 +151,14 @@ def before_fit(self:KeepState):
 
 @patch
 def before_epoch(self:KeepState):
-    self.skipped = self.pending is not None and not self._aside() and self.epoch<self.pending['epoch']
+    self.skipped = self.pending is not None and not self._stands_aside() and self.epoch<self.pending['epoch']
     if not self.skipped: return
     self.recorder.log = L([self.epoch, *self.pending['history']['values'][self.epoch]])
     raise CancelEpochException()
 
 @patch
 def after_fit(self:KeepState):
-    if not self._aside(): self.pending = None   # all epochs were done before
+    if not self._stands_aside(): self.pending = None   # all epochs were done before
 
 @patch
 def _begin(self:KeepState):
@@ -177,7 +187,7 @@ def _read_by_all(folder):
 def keep_state(
     learn:Learner, # Made by `learner`, for the same recipe, seed and data as the run
     folder:str|Path|None=None, # Where states are; None for the learner's `path`
-    resume:bool|str|Path=False, # Go on from the newest state in `folder`, or from the beginning if there is none; or from this state file
+    resume:bool|str|Path=False, # Go on from the newest state in `folder`, if there is one; or from this state file
     every:int|None=None, # Steps between states within an epoch; None writes one after each epoch
     keep:int=2, # States to keep
     minutes:float|None=None, # Time between states within an epoch, above 0; both may be given
