@@ -17,8 +17,10 @@ if _command.startswith('revvit_') and _first and _signal.getsignal(_signal.SIGIN
 
 from .core.coupling import couple, uncouple
 from .core.dial import Plan
-from .core.engine import ReversibleBlock, ReversibleSequence, chunk_size
+from .core.block import ReversibleBlock
+from .core.engine import chunk_size
 from .core.exact import self_check, set_self_check
+from .core.sequence import ReversibleSequence
 from .models.layers import MeanFusion, MlpFusion
 from .models.pooling import StageTransition
 from .models.vit import RevViT   # registers its models with timm, as does the next

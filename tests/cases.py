@@ -6,7 +6,8 @@ from functools import partial
 import numpy as np, pytest, torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from revvit.core.engine import ReversibleBlock, ReversibleSequence
+from revvit.core.block import ReversibleBlock
+from revvit.core.sequence import ReversibleSequence
 from revvit.models.mvit import RevMViT
 from revvit.core.testing import weighted_sum
 from revvit.models.vit import RevViT

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
-from revvit.core import engine
+from revvit.core import block, sequence
 from revvit.models import fused
 
 class Waits(RuntimeError): "The host would wait for the device"
@@ -118,6 +118,6 @@ def fake_cuda():
         stack.enter_context(patch('torch.autograd.grad', _grad))
         stack.enter_context(patch('torch._C._current_graph_task_id', lambda: 1))   # checkpoints compute again once a backward pass
         stack.enter_context(patch('torch.amp.autocast_mode.torch.cuda.amp.common.amp_definitely_not_available', lambda: False))
-        for m in (engine,fused): stack.enter_context(patch.object(m, 'type', kind, create=True))
+        for m in (block,sequence,fused): stack.enter_context(patch.object(m, 'type', kind, create=True))
         stack.enter_context(mode)
         yield mode

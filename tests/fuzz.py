@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torch.nn.modules import module as hooks
 from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
-from revvit.core.engine import ReversibleBlock, ReversibleSequence
+from revvit.core.block import ReversibleBlock
+from revvit.core.sequence import ReversibleSequence
 from revvit.models.mvit import RevMViT
 from revvit.models.vit import RevViT
 from apart import MVit, Block, Book, Drop, apart, distance, judge, survivors, tensors, weighted

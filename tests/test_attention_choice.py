@@ -6,7 +6,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from revvit.core.exact import set_self_check
 from revvit.core.replay import Trained, as_trained
-from revvit.core.engine import ReversibleBlock, ReversibleSequence
+from revvit.core.block import ReversibleBlock
+from revvit.core.sequence import ReversibleSequence
 
 class Shortcut(nn.Module):
     "In eval mode, and where no gradient is wanted, PyTorch computes these by a kernel of their own"

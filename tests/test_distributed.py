@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from fastai.vision.all import Callback
 from revvit.training.distributed import distribute, join_group, leave_group
-from revvit.core.engine import ReversibleBlock, ReversibleSequence
+from revvit.core.block import ReversibleBlock
+from revvit.core.sequence import ReversibleSequence
 from revvit.data.digits import digits_dls
 from revvit.models.mvit import RevMViT
 from revvit.training.resume import keep_state, states

@@ -4,7 +4,7 @@ import warnings
 import pytest, torch
 import fuzz
 from apart import Book
-from revvit.core.engine import ReversibleSequence
+from revvit.core.sequence import ReversibleSequence
 
 CASES,PARTS = 520,20
 

@@ -1,6 +1,7 @@
 """One image with more tokens than a block should work on at a time: its halves in pieces, in 8 streams at the peak, with the gradients and the bits of the whole."""
 import pytest, torch
-from revvit.core.engine import ReversibleBlock, ReversibleSequence
+from revvit.core.block import ReversibleBlock
+from revvit.core.sequence import ReversibleSequence
 from revvit.models.large import SplitAttention, SplitMlp
 from revvit.models.layers import attention_half, mlp_half
 from revvit.core.testing import peak_bytes, weighted_sum

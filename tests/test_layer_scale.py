@@ -2,7 +2,8 @@
 import pytest, torch
 from torch import nn
 from timm.layers import LayerScale
-from revvit.core.engine import ReversibleBlock, ReversibleSequence
+from revvit.core.block import ReversibleBlock
+from revvit.core.sequence import ReversibleSequence
 from revvit.models.layers import AttentionHalf, MlpHalf, attention_half, mlp_half
 from revvit.models.fused import FusedAttention, FusedMlp, ORIGINAL, layers_of, product_dtype
 from revvit.models.large import SplitAttention, SplitMlp

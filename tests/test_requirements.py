@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from revvit.core.engine import ReversibleBlock
+from revvit.core.block import ReversibleBlock
 from revvit.core.testing import check_directional, check_grads, drift, live_bytes, peak_bytes, saved_bytes, weighted_sum
 from cases import *
 

@@ -4,7 +4,7 @@ import re, types, warnings
 
 import pytest, torch
 from torch.utils.checkpoint import checkpoint
-from revvit.core.engine import ReversibleBlock
+from revvit.core.block import ReversibleBlock
 from revvit.core.testing import saved_bytes
 from cases import *
 

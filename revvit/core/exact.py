@@ -8,6 +8,7 @@ __all__ = ['GRID', 'grid', 'Snap', 'add_', 'self_check', 'set_self_check', 'Star
 # %% ../../nbs/core/01_exact.ipynb #6492b1ed
 import torch, warnings
 from functools import lru_cache, partial
+from fastcore.basics import patch
 from torch.autograd import Function
 
 # %% ../../nbs/core/01_exact.ipynb #d6c77113
@@ -117,17 +118,21 @@ class Start:
 _REASONS = ("a state, mode or context that changed, a kernel that does not repeat itself, or rounding errors that grew, "
             "which revvit.core.testing.drift measures block by block")
 
-def _message(self, e):
+@patch
+def message(self:Start,
+    e:torch.Tensor, # Errors of the images, as `errors` gives them
+)->str|None:
     "A sentence, if an image came back as another one"
     bad = [] if e.amax()<1 else ((e>=1)&e.isfinite()).nonzero().flatten().tolist()
     if not bad: return
-    which = f"image {bad[0]} of {len(e)} differs" if len(bad)==1 else f"image {bad[0]} and {len(bad)-1} more of {len(e)} differ"
-    how = '' if self.exact else f" by {float(e[bad].max())*self.limit:.1g} of its size, where rounding explains {self.limit:.1g}"
-    grid_ends = ', or streams beyond 1,024, where the grid ends' if self.exact else ''
-    return (f"{self.name} did not come back to what the forward pass computed: {which}{how}. Gradients are wrong from the block on "
-            f"that answered differently when it was repeated ({_REASONS}{grid_ends}): mend it, or call set_reversible(False)")
-
-Start.message = _message
+    which = f"image {bad[0]} "+(f"of {len(e)} differs" if len(bad)==1 else f"and {len(bad)-1} more of {len(e)} differ")
+    how,grid_ends = '',', or streams beyond 1,024, where the grid ends'
+    if not self.exact:
+        far = float(e[bad].max())*self.limit
+        how,grid_ends = f" by {far:.1g} of its size, where rounding explains {self.limit:.1g}",''
+    return (f"{self.name} did not come back to what the forward pass computed: {which}{how}. Gradients are wrong from the "
+            f"block on that answered differently when it was repeated ({_REASONS}{grid_ends}): mend it, or call "
+            "set_reversible(False)")
 
 def _say(said):
     if said and self_check()=='error': raise RuntimeError(said)
@@ -140,8 +145,10 @@ def _later(e, message):
     "Read `e` when the device has it, without waiting"
     host = torch.empty(e.shape, dtype=e.dtype, pin_memory=True)
     host.copy_(e, non_blocking=True)
-    done = torch.get_device_module(e.device).Event()
-    done.record()
+    kind = torch.get_device_module(e.device)
+    done = kind.Event()
+    # behind the copy: on the stream of that device, which need not be the current one
+    done.record(*([kind.current_stream(e.device)] if hasattr(kind, 'current_stream') else []))
     _waiting.append((done,host,message))
 
 def hear():

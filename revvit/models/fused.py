@@ -11,7 +11,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 from timm.layers import Attention, LayerScale, Mlp
-from ..core.replay import amp_dtype, function_modes, global_hooks
+from ..core.state import amp_dtype, function_modes, fused_sdp_choice, global_hooks
 
 # %% ../../nbs/models/10_fused.ipynb #f801ea12
 _ops = torch.ops.aten
@@ -121,7 +121,7 @@ class FusedAttention(FusedHalf):
         B,N,_ = x.shape
         qkv = F.linear(h, *self.ends[0]).view(B, N, 3, self.num_heads, -1)
         q,k,v = qkv.permute(2, 0, 3, 1, 4).unbind()   # B heads N d
-        if x.device.type=='cpu' and torch._fused_sdp_choice(q, k, v)==_FLASH: # its kernels, without a graph around them
+        if x.device.type=='cpu' and fused_sdp_choice(q, k, v)==_FLASH: # its kernels, without a graph around them
             a,lse = _flash(q, k, v)
             return a,lambda d: _flash_back(d, q, k, v, a, lse, 0., False)
         with torch.enable_grad(): # in both passes: the choice of a kernel depends on it

@@ -15,7 +15,8 @@ from fastcore.basics import patch
 from timm.layers import DropPath, register_notrace_function, resample_abs_pos_embed, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from ..core.engine import ReversibleBlock, ReversibleSequence
+from ..core.block import ReversibleBlock
+from ..core.sequence import ReversibleSequence
 from .layers import PooledFusion, StreamFusion, mlp_half
 from .pooling import OverlapPatchEmbed, PoolingAttention, PoolingHalf, StageTransition
 from .zoo import (ReversibleModel, build_model, constructor_args, drop_path_rates, resample_times,

@@ -14,7 +14,8 @@ from fastcore.basics import patch
 from timm.layers import resample_abs_pos_embed
 from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from ..core.engine import ReversibleBlock, ReversibleSequence
+from ..core.block import ReversibleBlock
+from ..core.sequence import ReversibleSequence
 from .layers import PatchEmbed, PooledFusion, StreamFusion, attention_half, mlp_half
 from .zoo import ReversibleModel, build_model, constructor_args, drop_path_rates, weights_cfg
 

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import global_pool_nlc, register_notrace_module, resample_abs_pos_embed, trunc_normal_
 from timm.models import build_model_with_cfg, clean_state_dict
-from ..core.engine import ReversibleSequence
+from ..core.sequence import ReversibleSequence
 
 # %% ../../nbs/models/13_zoo.ipynb #5a32ef08
 def init_layer(
