@@ -12,15 +12,16 @@ from revvit.core.replay import Call, Record, equal_parts, part_of
 
 root = Path(__file__).resolve().parent.parent
 source = (root/'revvit'/'core'/'state.py').read_text(encoding='utf8')
-PRIVATE = re.findall(r"= private\('(torch[\w.]+)'\)", source)+[f'torch._C._functorch.is_{o}batchedtensor' for o in ('','legacy_')]
+PRIVATE = re.findall(r"= private\('(torch[\w.]+)'\)", source)
+PRIVATE += [f'torch._C._functorch.is_{o}batchedtensor' for o in ('','legacy_')]
 
 @pytest.mark.parametrize('path', PRIVATE)
 def test_a_private_function_that_is_gone_is_named(path, monkeypatch):
     assert state.private(path) is not None
     owner,name = path.rsplit('.', 1)
     monkeypatch.delattr(state.private(owner) if owner!='torch' else torch, name)
-    with pytest.raises(ImportError, match=re.escape(f'revvit uses {path}, which PyTorch {torch.__version__} does not have')):
-        state.private(path)
+    words = f'revvit uses {path}, which PyTorch {torch.__version__} does not have'
+    with pytest.raises(ImportError, match=re.escape(words)): state.private(path)
 
 def test_private_functions_have_one_home():
     "No other module of the engine and its layers reaches into `torch._something`"
@@ -76,8 +77,11 @@ def test_parts_are_equal_or_one_more(n, chunk):
     sizes = [len(part_of(x, o)) for o in parts]
     assert max(sizes)<=chunk and max(sizes)-min(sizes)<=1 or n==0
 
-CHANGES = {"'0.bias' in f was changed": lambda m: m[0].bias.zero_(), 'f was switched between train': lambda m: m[1].eval(),
-           'layers of f were replaced': lambda m: m.__delitem__(1), 'layers of f': lambda m: m.append(nn.ReLU())}
+CHANGES = {
+    "'0.bias' in f was changed": lambda m: m[0].bias.zero_(),
+    'f was switched between train': lambda m: m[1].eval(),
+    'layers of f were replaced': lambda m: m.__delitem__(1),
+    'layers of f': lambda m: m.append(nn.ReLU())}
 
 @pytest.mark.parametrize('words', CHANGES)
 def test_a_call_that_would_be_another_is_refused(words):

@@ -33,8 +33,9 @@ def allow_tf32(
     return device
 
 # %% ../../nbs/core/09_device.ipynb #577913dd
-_full = re.compile(r"out of memory|not enough memory|unable to allocate|can(?:no|')t allocate memory|ALLOC_FAILED|bad_alloc|"
-                   r"^could not create a primitive$", re.IGNORECASE)   # the last is all that oneDNN says of it
+_full = re.compile(r"out of memory|not enough memory|unable to allocate|can(?:no|')t allocate memory|"
+                   r"ALLOC_FAILED|bad_alloc|"
+                   r"^could not create a primitive$", re.IGNORECASE)   # all that oneDNN says of it
 
 def out_of_memory(
     error:BaseException, # Anything that was raised

@@ -115,8 +115,8 @@ class Start:
         else: _say(self.message(e))
 
 # %% ../../nbs/core/01_exact.ipynb #735c49bd
-_REASONS = ("a state, mode or context that changed, a kernel that does not repeat itself, or rounding errors that grew, "
-            "which revvit.core.testing.drift measures block by block")
+_REASONS = ("a state, mode or context that changed, a kernel that does not repeat itself, or rounding errors that "
+            "grew, which revvit.core.testing.drift measures block by block")
 
 @patch
 def message(self:Start,
@@ -130,8 +130,8 @@ def message(self:Start,
     if not self.exact:
         far = float(e[bad].max())*self.limit
         how,grid_ends = f" by {far:.1g} of its size, where rounding explains {self.limit:.1g}",''
-    return (f"{self.name} did not come back to what the forward pass computed: {which}{how}. Gradients are wrong from the "
-            f"block on that answered differently when it was repeated ({_REASONS}{grid_ends}): mend it, or call "
+    return (f"{self.name} did not come back to what the forward pass computed: {which}{how}. Gradients are wrong from "
+            f"the block on that answered differently when it was repeated ({_REASONS}{grid_ends}): mend it, or call "
             "set_reversible(False)")
 
 def _say(said):

@@ -267,8 +267,8 @@ def vjp(self:Call, i, xs, d, wanted=True):
     with torch.enable_grad(): o = self.scaled(o if n else o[:0])
     wanted = [*leaves, *self.wanted]
     if not self.searched and (t:=_unregistered_tensor(o, [*wanted, *self.params])) is not None:
-        raise RuntimeError(f"{self.name} uses a tensor of shape {tuple(t.shape)} that needs a gradient, but is neither its "
-                           "input nor its parameter: make it a parameter, detach it, or call set_reversible(False)")
+        raise RuntimeError(f"{self.name} uses a tensor of shape {tuple(t.shape)} that needs a gradient, but is neither "
+                           "its input nor its parameter: make it a parameter, detach it, or call set_reversible(False)")
     self.searched = True
     grads = torch.autograd.grad(o, wanted, d.to(o.dtype), allow_unused=True) if o.requires_grad else [None]*len(wanted)
     gp = [None]*len(self.params)
