@@ -8,6 +8,7 @@ __all__ = ['row_budget', 'chunk_size', 'check_repeatable', 'is_large', 'kernel_f
 # %% ../../nbs/core/05_engine.ipynb #b080f55c
 import torch, warnings
 from contextlib import nullcontext
+from fastcore.basics import patch
 from torch import nn
 from torch.autograd import Function
 from .exact import Start, add_, grid, self_check
@@ -188,21 +189,6 @@ class Tape:
         if self.start is None and self_check()!='off' and x1.numel() and x1.device.type!='meta':
             self.start = Start((x1,x2), f'the backward pass through {self.name}', self.exact, self.amp)
 
-    def load(self, y1, y2, d):
-        "Begin at the end of the run"
-        run = "through a reversible run"
-        if torch.is_grad_enabled():
-            raise RuntimeError(f"no double backward (create_graph=True) {run}: call set_reversible(False) first")
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError(f"no backward pass {run} in inference_mode: leave it, or call set_reversible(False)")
-        if any(o is not None and is_batched(o) for o in d):
-            raise RuntimeError(f"no vectorised backward pass (is_grads_batched, vectorize=True) {run}: "
-                               "call set_reversible(False)")
-        keep,self.task = self.hooked or keeps_graph(),graph_task()
-        self.y1,self.y2 = (y.detach().clone() if keep else y.detach() for y in (y1,y2))
-        if self.start is not None and not self.exact: self.start.reach((self.y1,self.y2))
-        if self.last: self.fresh[:] = [p for p in self.params if p.is_leaf and p.grad is None]
-
     def clear(self): self.y1 = self.y2 = None
 
     def finish(self):
@@ -222,6 +208,23 @@ class Tape:
         "Take back new gradients after something went wrong"
         for p in self.fresh: p.grad = None
         self.clear()
+
+# %% ../../nbs/core/05_engine.ipynb #91c5767d
+@patch
+def load(self:Tape, y1, y2, d):
+    "Begin at the end of the run"
+    run = "through a reversible run"
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"no double backward (create_graph=True) {run}: call set_reversible(False) first")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(f"no backward pass {run} in inference_mode: leave it, or call set_reversible(False)")
+    if any(o is not None and is_batched(o) for o in d):
+        raise RuntimeError(f"no vectorised backward pass (is_grads_batched, vectorize=True) {run}: "
+                           "call set_reversible(False)")
+    keep,self.task = self.hooked or keeps_graph(),graph_task()
+    self.y1,self.y2 = (y.detach().clone() if keep else y.detach() for y in (y1,y2))
+    if self.start is not None and not self.exact: self.start.reach((self.y1,self.y2))
+    if self.last: self.fresh[:] = [p for p in self.params if p.is_leaf and p.grad is None]
 
 # %% ../../nbs/core/05_engine.ipynb #16072612
 class _Enter(Function):
