@@ -29,8 +29,8 @@ from .models.files import CheckpointError, read_checkpoint
 from .models.checkpoints import LoadReport, input_settings, load_checkpoint, load_model, save_checkpoint
 
 # what needs fastai, or reads data, is imported where it is first used
-_later = {'revvit.core.testing': ('check_directional', 'check_grads', 'check_inverse', 'drift', 'live_bytes', 'live_trace',
-                                  'peak_bytes', 'per_image', 'saved_bytes'),
+_later = {'revvit.core.memory': ('live_bytes', 'live_trace', 'peak_bytes', 'per_image', 'saved_bytes'),
+          'revvit.core.testing': ('check_directional', 'check_grads', 'check_inverse', 'drift'),
           'revvit.data.digits': ('digits_dls',),
           'revvit.data.images': ('image_dls', 'shard_dls'),
           'revvit.data.clips': ('clip_dls',),

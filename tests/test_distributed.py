@@ -18,7 +18,7 @@ from revvit.core.sequence import ReversibleSequence
 from revvit.data.digits import digits_dls
 from revvit.models.mvit import RevMViT
 from revvit.training.resume import keep_state, states
-from revvit.core.testing import saved_bytes
+from revvit.core.memory import saved_bytes
 from revvit.training.recipes import recipes
 from revvit.training.callbacks import NonFiniteError
 from revvit.training.learner import learner

@@ -8,7 +8,8 @@ import pytest, torch
 from torch import nn
 from revvit.core.dial import spend
 from revvit.core.exact import set_self_check
-from revvit.core.testing import peak_bytes, per_image, saved_bytes, weighted_sum
+from revvit.core.memory import peak_bytes, per_image, saved_bytes
+from revvit.core.testing import weighted_sum
 from cases import *
 
 AMP = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -165,6 +166,17 @@ def test_four_streams_at_the_peak(drop, exact):
         return per_image(measure, 32, 64)/(64*64*4)
     a,b = peak(2),peak(6)
     assert max(a, b) < 4.2 and abs(a-b) < .05, (a,b)
+
+@pytest.mark.parametrize('depth', [12,48,pytest.param(1000, marks=pytest.mark.slow)])
+def test_four_streams_at_the_peak_of_deep_networks(depth):
+    m = RevViT(img_size=32, patch_size=8, embed_dim=64, num_heads=2, depth=depth, num_classes=2, chunk=4)
+    def measure(b):
+        x = torch.randn(b, 3, 32, 32)
+        def step(): m(x).square().sum().backward()
+        step()
+        return peak_bytes(step)
+    streams = per_image(measure, 8, 16)/(16*64*4)
+    assert 3.9 < streams < 4.1, streams
 
 def test_a_further_block_keeps_nothing():
     def kept(depth):

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from revvit.core.exact import hear
 from revvit.core.device import pick_device
 from revvit.data.digits import digits_dls
-from revvit.core.testing import peak_bytes, per_image
+from revvit.core.memory import peak_bytes, per_image
 from revvit.training.recipes import recipes
 from revvit.training.callbacks import NonFiniteError
 from revvit.training.learner import learner

@@ -4,7 +4,8 @@ from revvit.core.block import ReversibleBlock
 from revvit.core.sequence import ReversibleSequence
 from revvit.models.large import SplitAttention, SplitMlp
 from revvit.models.layers import attention_half, mlp_half
-from revvit.core.testing import peak_bytes, weighted_sum
+from revvit.core.memory import peak_bytes
+from revvit.core.testing import weighted_sum
 from cases import *
 from test_exact import AMP, amps, answers, equal, strict, switch
 

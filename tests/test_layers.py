@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.testing import assert_close
 from revvit.core.coupling import couple, uncouple
-from revvit.core.testing import saved_bytes
+from revvit.core.memory import saved_bytes
 from revvit.models.fused import untouched
 from revvit.models.layers import (MlpFusion, PatchEmbed, PooledFusion,
                                   StreamFusion, attention_half, check_images, mlp_half)

@@ -10,7 +10,8 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 from torch.testing import assert_close
 import revvit
-from revvit.core.testing import check_grads, saved_bytes
+from revvit.core.memory import saved_bytes
+from revvit.core.testing import check_grads
 from revvit.models.mvit import MViTSize, RevMViT, mvit_block
 from revvit.models.vit import RevViT, ViTSize
 from revvit.models.zoo import checkpoint_filter_fn, our_name, tensors_in

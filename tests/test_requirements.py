@@ -10,7 +10,8 @@ import numpy as np, pytest, torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from revvit.core.block import ReversibleBlock
-from revvit.core.testing import check_directional, check_grads, drift, live_bytes, peak_bytes, saved_bytes, weighted_sum
+from revvit.core.memory import live_bytes, peak_bytes, saved_bytes
+from revvit.core.testing import check_directional, check_grads, drift, weighted_sum
 from cases import *
 
 # ---------------------------------------------------------------- the gradient core: R1 to R19

@@ -5,7 +5,7 @@ import re, types, warnings
 import pytest, torch
 from torch.utils.checkpoint import checkpoint
 from revvit.core.block import ReversibleBlock
-from revvit.core.testing import saved_bytes
+from revvit.core.memory import saved_bytes
 from cases import *
 
 def _hook(b): b.register_forward_hook(lambda *o: None)

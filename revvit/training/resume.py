@@ -30,7 +30,7 @@ def _identity(learn):
                 amp=None if amp is None else str(amp.value), classes=list(map(str, learn.dls.vocab)))
 
 # fastai's own tensor types are no plain content of a file
-def _plain(t): return torch.as_tensor(t).as_subclass(torch.Tensor).cpu()
+def _plain(t): return torch.as_tensor(t).cpu().as_subclass(torch.Tensor)
 
 def _history(learn):
     "What was recorded so far"

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from ..core.device import out_of_memory
-from ..core.testing import live_bytes, peak_bytes
+from ..core.memory import live_bytes, peak_bytes
 
 # %% ../../nbs/use/42_measures.ipynb #2cb227e0
 @dataclass(frozen=True)
