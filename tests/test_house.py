@@ -96,3 +96,36 @@ def test_site_can_be_prepared(tmp_path):
     run = subprocess.run([sys.executable, '-c', 'from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)'], cwd=tmp_path,
                          env={**os.environ, 'PYTHONPATH': str(root)}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
+
+@pytest.mark.parametrize('path', modules, ids=name)
+def test_private_names_stay_at_home(path):
+    "What two modules need is public"
+    ours = [o for o in ast.walk(ast.parse(path.read_text(encoding='utf8'))) if isinstance(o, ast.ImportFrom)
+            and (o.level or (o.module or '').split('.')[0] == 'revvit')]
+    assert not [a.name for o in ours for a in o.names if a.name.startswith('_')]
+
+def exported(path): return [src for src,_ in cells(path, 'code') if re.match(r'#\|\s*export', src)]
+
+@pytest.mark.parametrize('path', numbered, ids=name)
+def test_a_notebook_is_one_idea(path):
+    "At most 70 cells, and 300 lines in its module"
+    lines = [l for src in exported(path) for l in src.splitlines() if l.strip() and not l.startswith('#|')]
+    assert len(lines) <= 300 and len(json.loads(path.read_text(encoding='utf8'))['cells']) <= 70
+
+@pytest.mark.parametrize('path', notebooks, ids=name)
+def test_lines_fit_on_a_screen(path):
+    assert not [l for src,_ in cells(path, 'code') for l in src.splitlines() if len(l) > 120]
+
+@pytest.mark.parametrize('path', notebooks, ids=name)
+def test_links_lead_somewhere(path):
+    "To notebooks and other files of the project"
+    text = '\n'.join(src for src,_ in cells(path, 'markdown'))
+    links = [o for o in re.findall(r'\]\(([^)\s#]+)', text) if '://' not in o and not o.startswith('mailto:')]
+    assert not [o for o in links if not (path.parent/o).exists()]
+
+@pytest.mark.parametrize('path', notebooks, ids=name)
+def test_a_refusal_is_known_by_its_words(path):
+    "`test_fail` alone would be content with any accident"
+    calls = [o for src,_ in cells(path, 'code') if 'test_fail(' in src for o in ast.walk(ast.parse(re.sub(r'^[!%].*$', '', src, flags=re.M)))
+             if isinstance(o, ast.Call) and getattr(o.func, 'id', '') == 'test_fail']
+    assert all({'contains','exc'} & {k.arg for k in o.keywords} for o in calls)

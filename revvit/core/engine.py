@@ -134,7 +134,8 @@ def _half_forward(call, src, dst, exact):
     o = None
     if _leave_to_others(src, before):
         warnings.warn(f"{call.name} or a hook on it keeps its input: it is left a copy, through which no gradient "
-                      "flows; forward_intermediates or set_reversible(False) gives one that has a gradient", RuntimeWarning)
+                      "flows; forward_intermediates or set_reversible(False) gives one that has a gradient",
+                      RuntimeWarning)
 
 # %% ../../nbs/core/05_engine.ipynb #032eb1ff
 def _own_memory(g, taken):
