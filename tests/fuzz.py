@@ -303,7 +303,8 @@ def does_not_repeat(n):
     "A counter, or noise from elsewhere: there is no plain gradient to compare with unless F is called once, so F's value is noted for the judge"
     if recomputes(n): return
     k,o = some_half(n)
-    way,book,key = n.r.choice(('counter','noise')),n.book,f'state {k}'
+    n.book.keys += 1   # one half may have two of them
+    way,book,key = n.r.choice(('counter','noise')),n.book,f'state {k} {n.book.keys}'
     n.state = True
     n.say(f'{way} in {k}')
     def factor(o, x):
@@ -457,6 +458,7 @@ def step(n, first=None):
     m,named = n.model,{}
     if n.judges and n.rates and first:
         named_out = [o for k,o in first.items() if k.startswith('output')]
+        n.book.strict = False # each image is tried many times
         with quiet(n): survivors(m, [x for x in n.xs], named_out, n.rates)
         n.box.clear()
     n.book.strict = n.judges
