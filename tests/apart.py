@@ -90,7 +90,8 @@ class MVit(nn.Module):
         (_,T,H,W,D),pos = x.shape,self.pos_embed
         x = x + pos.view(1, 1, H, W, D)
         if self.pos_embed_temporal is not None: x = x + self.pos_embed_temporal.view(1, T, 1, 1, D)
-        for stage,then in zip(self.stages, [*self.transitions, self.neck]): x = then(*stage(x, x))
+        for stage,then,drop in zip(self.stages, self.transitions, self.drops): x = drop(then(*stage(x, x)))
+        x = self.neck(*self.stages[-1](x, x))
         return self.head(self.head_drop(x))
     def set_reversible(self, on=True): pass
 
@@ -173,13 +174,14 @@ def gradients(model, xs, call=None, between=None, seed=0):
     loss.backward()
     return {**named, **{f'input {i}':x.grad for i,x in enumerate(xs)}, **{n:p.grad for n,p in model.named_parameters()}}
 
-def distance(got, want):
-    "The name that differs most, and by how much: relative L2, small ones measured by the size of the others; infinite where one is None"
+def distance(got, want, zeros=False):
+    "The name that differs most, and by how much: relative L2, small ones measured by the size of the others; infinite where one is None, unless `zeros` may stand for it"
     if got.keys()!=want.keys(): return str(sorted(got.keys()^want.keys())[:3]),float('inf')
     norms = [float(w.double().norm()) for k,w in want.items() if w is not None and not k.startswith('output')]
     floor,worst = .01*(sum(n*n for n in norms)/max(1, len(norms)))**.5,('nothing',0.)
     for k,w in want.items():
         g = got[k]
+        if zeros and (g is None)!=(w is None) and not (w if g is None else g).any(): continue
         if (g is None)!=(w is None): return f"{k} is {'None' if g is None else 'there'}",float('inf')
         if g is None: continue
         if g.shape!=w.shape: return f'{k} is {tuple(g.shape)}',float('inf')
@@ -205,7 +207,7 @@ WRONG = re.compile(r'\bc[ao]me back\b|\bwrong\b|\binexact\b|\bdrift')
 LOST = re.compile(r'no gradient flows') # tells of a loss of what was kept, and excuses nothing else
 def tells(w): return issubclass(w.category, RuntimeWarning) and bool(NAMES.search(str(w.message))) and not STORES.search(str(w.message))
 
-def judge(candidate, reference, tol=1e-10, kept_in_loss=False):
+def judge(candidate, reference, tol=1e-10, kept_in_loss=False, zeros=False):
     """What comes of `candidate()`, compared with `reference()`: both give tensors by name. The verdict's `kind` is one of
     exact, refused, warned (wrong, or not to be compared, but said), alarm (right, but called wrong), both (the reference crashes too), crash, silent"""
     got = fault = wrong = None
@@ -222,7 +224,7 @@ def judge(candidate, reference, tol=1e-10, kept_in_loss=False):
     if wrong is not None: kind,what = 'both',f'{type(wrong).__name__}: {wrong}'
     elif fault is not None: kind,what = ('refused' if ours(fault) else 'crash'),f'{type(fault).__name__}: {fault}'
     else:
-        what,err = distance(got, want)
+        what,err = distance(got, want, zeros)
         right = err <= tol
         excused = [o for o in said if kept_in_loss or not LOST.search(o)]
         kind = ('alarm' if any(map(WRONG.search, said)) else 'exact') if right else 'warned' if excused else 'silent'

@@ -185,6 +185,7 @@ def hook(n):
         drawing=lambda: o.register_forward_hook(lambda m,i,out: d(out) if isinstance(out, torch.Tensor) else None))
     way = n.r.choice(list(ways))
     n.say(f'{way} hook on {k}')
+    n.zeros |= way.startswith('backward')   # PyTorch's give zeros to what is behind them, where no gradient comes
     ways[way]()
 
 def keeping(n):
@@ -231,6 +232,7 @@ def global_hook(n):
         backward=lambda: hooks.register_module_full_backward_hook(lambda m,gi,go: tuple(None if g is None else g*1.1 for g in gi) if type(m) is c else None))
     way = n.r.choice(list(ways))
     n.say(f'global {way} hook on {c.__name__}')
+    n.zeros |= way=='backward'
     n.around.append(lambda: undone(ways[way]))
 
 def frozen(n):
@@ -433,7 +435,7 @@ def build(seed, index, judges, book, only=None):
         r = random.Random(f'{seed}/{index}/'+'/'.join(map(str, what)))
         torch.manual_seed(r.getrandbits(40))
         return r
-    n = SimpleNamespace(judges=judges, book=book, halves=[], words=[], around=[], between=[], box=[], rates=[], state=False, busy=False, step='backward', needs=None)
+    n = SimpleNamespace(judges=judges, book=book, halves=[], words=[], around=[], between=[], box=[], rates=[], state=False, busy=False, zeros=False, step='backward', needs=None)
     n.say,n.r,book.keys = n.words.append,start('net'),-1
     n.drop = lambda p: Drop(p, book, judges)
     n.model,n.xs = n.r.choice(NETS)(n)
@@ -542,11 +544,11 @@ def case(seed, index, only=None):
         out = step(n, seen)
         if not judges: seen.update(out)
         return out
-    tol = build(seed, index, False, Book(), only)[0].tol
-    v = judge(lambda: side(False), lambda: side(True), tol)
+    like = build(seed, index, False, Book(), only)[0]
+    v = judge(lambda: side(False), lambda: side(True), like.tol, zeros=like.zeros)
     if v.kind=='silent' and book.rows: # a part that was tried and done again may count as it was tried
         book.last = False
-        w = judge(lambda: dict(seen), lambda: side(True), tol)
+        w = judge(lambda: dict(seen), lambda: side(True), like.tol, zeros=like.zeros)
         v = w if w.kind=='exact' else v
     v.words,v.seed,v.index,v.only = '; '.join(words),seed,index,only
     v.fault_of_ours = v.kind in ('silent','crash') or v.kind=='alarm' and not (n.state or n.busy)

@@ -297,6 +297,36 @@ def test_checkpoint_around(make, reentrant):
         return [p.grad for p in m.parameters()]
     agrees(m, run)
 
+class Unknown(nn.Module):
+    "Draws, and has no layer that says so"
+    def __init__(self): super().__init__(); self.lin = nn.Linear(8, 8)
+    def forward(self, x): return self.lin(x*torch.rand_like(x))*torch.rand_like(x)
+
+class Ending(nn.Module):
+    "A tail that draws twice"
+    def __init__(self): super().__init__(); self.drop,self.lin = nn.Dropout(.3),nn.Linear(8, 3)
+    def forward(self, y1, y2): return self.lin(self.drop(self.drop(y1)+y2)).mean(1)
+
+@pytest.mark.parametrize('on', [True,False])
+@pytest.mark.parametrize('chunk', [1,2,None])
+@pytest.mark.parametrize('half', [lambda: nn.Sequential(nn.Dropout(.3), nn.Linear(8, 8), nn.Dropout(.2)), Unknown], ids=['dropout','unknown'])
+@pytest.mark.parametrize('rate', [0.,.3])
+def test_reentrant_checkpoint_draws_the_same(half, chunk, on, rate):
+    "Its forward pass runs without a graph and its repetition with one: what both draw is what one pass with a graph draws"
+    torch.manual_seed(0)
+    m,tail = stack(3, rate, 0., chunk, lambda i: (half(),mlp(p=.2))),Ending().double()
+    m.set_reversible(on)
+    xs = [x.requires_grad_() for x in streams(5)]
+    leaves = [*xs, *m.parameters(), *tail.parameters()]
+    def step(call):
+        for o in leaves: o.grad = None
+        torch.manual_seed(1)
+        out = call(*xs, tail)
+        weighted_sum(out).backward()
+        return [out, *(o.grad for o in leaves)]
+    want = step(m)
+    for reentrant in (False,True): assert error(step(partial(checkpoint, m, use_reentrant=reentrant)), want) < 1e-12
+
 @pytest.mark.filterwarnings('ignore:There is a performance drop')
 @pytest.mark.parametrize('make', [CASES['tail3'], CASES['vit4'], CASES['clip5'], CASES['image7']], ids=['tail3','vit4','clip5','image7'])
 def test_torch_func(make):

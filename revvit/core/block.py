@@ -113,11 +113,12 @@ def stored_call(
     exact:bool, # Whether every part is computed as in the exact mode
 ): # What `m` returns
     "`m(*xs)`, in the parts of the reversible mode where numbers depend on them"
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled(): return m(*xs)
-    n,chunk = len(xs[0]),chunk or chunk_size(xs[0])
+    if torch.compiler.is_compiling(): return m(*xs)
+    n,chunk,graph = len(xs[0]),chunk or chunk_size(xs[0]),torch.is_grad_enabled()
     def first(): return m(*(x[:chunk] for x in xs))
-    if exact and len(xs)==1 and is_large(*xs, chunk) and (o:=_in_pieces(m, *xs)) is not None: return o
-    parted = exact or n>chunk and draws(m, first, xs[0].device)
+    if graph and exact and len(xs)==1 and is_large(*xs, chunk) and (o:=_in_pieces(m, *xs)) is not None: return o
+    # without a graph too: a reentrant checkpoint must draw now what it will draw with one
+    parted = graph and exact or n>chunk and draws(m, first, xs[0].device)
     return _in_parts(m, xs, chunk, exact) if parted else m(*xs)
 
 # %% ../../nbs/core/06_block.ipynb #9631f7a6

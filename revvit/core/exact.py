@@ -87,12 +87,14 @@ class Start:
         name:str, # What messages call that which is repeated
         exact:bool=False, # Whether the same bits must come back
         amp:torch.dtype|None=None, # Type of autocast
+        blocks:int=1, # How many are repeated, one on the other's result
     ):
         self.name,self.exact,self.was = name,exact,[_numbers(x, exact) for x in xs]
         dtype = torch.promote_types(xs[0].dtype, torch.float32)
         self.norm = partial(torch.linalg.vector_norm, dim=1, dtype=dtype)
         self.sizes = [] if exact else [self.norm(x.detach().reshape(len(x), -1)) for x in xs]
-        self.limit = max(torch.finfo(t).eps for t in (xs[0].dtype, amp or xs[0].dtype))**.5   # half of the digits
+        eps = max(torch.finfo(t).eps for t in (xs[0].dtype, amp or xs[0].dtype))
+        self.limit = eps**.5*min(1., max(blocks, 4)/48)
 
     def reach(self, ys):
         "Measure images that began as zero, a sample dropped whole, by what they became"

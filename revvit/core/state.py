@@ -174,8 +174,8 @@ def draws(
 )->bool:
     "Will `m` draw random numbers? One that nothing is known of is tried once"
     modules = list(m.modules())
-    if not m.training or may_draw(m, modules) or not has_unknown_code(m, modules):
-        return m.training and may_draw(m, modules)
+    if not any(o.training for o in modules): return False
+    if may_draw(m, modules) or not has_unknown_code(m, modules): return may_draw(m, modules)
     before,watch = rng_states(device),Watch(device)
     with torch.no_grad(), watch: repeat()
     if watch.drew: set_rng_states(device, before)
