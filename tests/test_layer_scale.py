@@ -7,7 +7,7 @@ from revvit.core.sequence import ReversibleSequence
 from revvit.models.layers import AttentionHalf, MlpHalf, attention_half, mlp_half
 from revvit.models.fused import FusedAttention, FusedMlp, ORIGINAL, layers_of, product_dtype
 from revvit.models.large import SplitAttention, SplitMlp
-from revvit.models.layers import _ATTENTION, _MLP
+from revvit.models.layers import _LAYERS
 
 NAMES = ('norm','fn','ls')
 
@@ -21,7 +21,7 @@ class Scaled(nn.Module):
     def forward(self, x): return self.ls(self.fn(self.norm(x)))
 
     def fused(self, x, large=False):
-        modules,(_,*kinds) = layers_of(self, NAMES),_ATTENTION if self.attends else _MLP
+        modules,kinds = layers_of(self, NAMES),_LAYERS[AttentionHalf if self.attends else MlpHalf]
         kinds = [Scaled, *kinds[:2], LayerScale, *kinds[2:]]
         dtype = product_dtype(modules, kinds, x)
         if dtype is None: return None
