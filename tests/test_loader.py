@@ -13,10 +13,11 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.vision.core import TensorImage
 from PIL import Image
 from torch.testing import assert_close
-import revvit.data.digits as digits, revvit.data.loader as loading
+import revvit.data.digits as digits, revvit.data.from_files as from_files, revvit.data.loader as loading
 from revvit.data.digits import digits_dls
-from revvit.data.loader import (EpochDL, UnreadableFile, a_few, and_more, class_items, epoch_batches, file_dls,
-    image_suffixes, is_hidden, naming_file, readable, seeded)
+from revvit.data.from_files import (a_few, and_more, class_items, file_dls, image_suffixes, is_hidden, naming_file,
+    readable)
+from revvit.data.loader import EpochDL, UnreadableFile, epoch_batches, seeded
 
 def warned(call):
     "The answer, and what was warned"
@@ -197,14 +198,14 @@ def sent(monkeypatch):
         was_pinned = any(all(x is y for x,y in zip(b, o)) for o in pinned)
         seen.append((str(device), non_blocking, was_pinned, type(b)))
         return b
-    for o in (loading,digits): monkeypatch.setattr(o, 'pick_device', torch.device)
+    for o in (from_files,digits): monkeypatch.setattr(o, 'pick_device', torch.device)
     monkeypatch.setattr(loading, 'to_device', to_device)
     monkeypatch.setattr('fastai.data.core.to_device', lambda b, device: b)   # its look at one batch, when a loader is made
     monkeypatch.setattr('torch.accelerator.is_available', lambda: True)
     monkeypatch.setattr('torch.accelerator.current_accelerator', lambda: torch.device('cuda'))
     monkeypatch.setattr('torch.utils.data._utils.pin_memory.pin_memory', pin)
     monkeypatch.setattr(loading, 'seeded', lambda *key, device=None: nullcontext())
-    for o in (digits.Normalize,loading._Show): monkeypatch.setattr(o, 'to', lambda self, device: None, raising=False)
+    for o in (digits.Normalize,from_files._Show): monkeypatch.setattr(o, 'to', lambda self, device: None, raising=False)
     return seen
 
 def two_kinds(kind, device):

@@ -22,7 +22,8 @@ from torchvision.models.video import MViT_V1_B_Weights
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from .images import allow_zero_bits, check_settings
-from .loader import UnreadableFile, a_few, and_more, file_dls, naming_file, readable
+from .from_files import a_few, and_more, file_dls, naming_file, readable
+from .loader import UnreadableFile
 from .video_file import Video
 
 # %% ../../nbs/data/24_clips.ipynb #8286fa04

@@ -18,8 +18,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_dataset, create_transform
 from timm.data.auto_augment import RandAugment, posterize
 from ..core.device import out_of_memory, pick_device
-from revvit.data.loader import (UnreadableFile, a_few, class_items, file_dls, image_suffixes, is_hidden, naming_file,
-    readable)
+from .from_files import a_few, class_items, file_dls, image_suffixes, is_hidden, naming_file, readable
+from .loader import UnreadableFile
 
 # %% ../../nbs/data/22_images.ipynb #1a7c9e06
 def _as_mode(im, mode):

@@ -11,7 +11,8 @@ from fractions import Fraction
 from pathlib import Path
 import av, numpy as np, torch
 from fastcore.basics import patch
-from .loader import UnreadableFile, video_suffixes
+from .from_files import video_suffixes
+from .loader import UnreadableFile
 
 # %% ../../nbs/data/23_video_file.ipynb #76bcf177
 def is_video(

@@ -92,7 +92,7 @@ def folder_items(
     model, # For its classes, and for whether it wants images or videos
 )->list: # (path, class index) of each file
     "Files in class folders"
-    from revvit.data.loader import a_few, class_items, image_suffixes, is_hidden, video_suffixes
+    from revvit.data.from_files import a_few, class_items, image_suffixes, is_hidden, video_suffixes
     folder = Path(folder)
     if not folder.is_dir(): raise ValueError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
     if (folder/'val').is_dir(): folder = folder/'val'

@@ -59,7 +59,7 @@ def model_transform(
 
 def _views(model, path, views):
     "What `model` sees of a file: (views, C, T, H, W), or an image as (1, C, H, W)"
-    from revvit.data.loader import image_suffixes
+    from revvit.data.from_files import image_suffixes
     from revvit.data.video_file import is_video
     check_local(path)
     if takes_clips(model):
