@@ -297,6 +297,22 @@ def test_checkpoint_around(make, reentrant):
         return [p.grad for p in m.parameters()]
     agrees(m, run)
 
+class Second(nn.Module):
+    "A tail that reads the second stream alone"
+    def __init__(self): super().__init__(); self.lin = nn.Linear(8, 3)
+    def forward(self, y1, y2): return self.lin(y2).mean(1)
+
+@pytest.mark.parametrize('chunk', [1,None])
+def test_a_half_without_a_gradient_is_not_differentiated(chunk):
+    "What works in place on what its own gradient needs has none; plain PyTorch does not mind where nobody asks for it"
+    m = stack(1, 0., 0., chunk, lambda i: (nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.ReLU(inplace=True)),Fn(lambda m,x: m.w.expand(x.shape), w=(1,8))))
+    tail = Second().double()
+    def step(on):
+        m.set_reversible(on)
+        return torch.autograd.grad(weighted_sum(m(*streams(4), tail)), [*m.parameters(), *tail.parameters()], allow_unused=True)
+    assert error(step(True), step(False)) < 1e-12
+    assert step(True)[0] is None
+
 class Unknown(nn.Module):
     "Draws, and has no layer that says so"
     def __init__(self): super().__init__(); self.lin = nn.Linear(8, 8)

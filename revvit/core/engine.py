@@ -161,11 +161,13 @@ def _half_backward(call, src, dst, dsrc, ddst, needs, exact, used=True, rebuild=
     if not isinstance(call, _Fused): taken = {o.untyped_storage().data_ptr() for o in (ddst,dsrc)}
     for i in reversed(range(len(call.parts))):
         rows = call.parts[i]
-        o,(gx,),gp = call.vjp(i, (src,), part_of(ddst, rows), rebuild)
+        # where no gradient comes, a module that has none for other reasons need not be asked
+        d = part_of(ddst, rows) if used or isinstance(call, _Fused) else None
+        o,(gx,),gp = call.vjp(i, (src,), d, rebuild)
         if rebuild: add_(dst, rows, o, -1, exact)
         if gx is not None and used: fed = add_(dsrc, rows, gx, 1, False) or True
         if used: _accumulate(acc, gp, taken)
-        del o,gx,gp
+        del o,gx,gp,d
     call.done()
     _leave_to_others(src, before)
     return acc,fed

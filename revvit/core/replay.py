@@ -270,7 +270,8 @@ def vjp(self:Call, i, xs, d, wanted=True):
         raise RuntimeError(f"{self.name} uses a tensor of shape {tuple(t.shape)} that needs a gradient, but is neither "
                            "its input nor its parameter: make it a parameter, detach it, or call set_reversible(False)")
     self.searched = True
-    grads = torch.autograd.grad(o, wanted, d.to(o.dtype), allow_unused=True) if o.requires_grad else [None]*len(wanted)
+    grads = [None]*len(wanted)
+    if d is not None and o.requires_grad: grads = torch.autograd.grad(o, wanted, d.to(o.dtype), allow_unused=True)
     gp = [None]*len(self.params)
     for k,g in zip(self.where, grads[len(xs):]):
         if g is not None: gp[k] = g if gp[k] is None else gp[k]+g
