@@ -19,4 +19,4 @@ setup(
     packages=find_packages(include=['revvit', 'revvit.*']), python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(), extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev','shards')},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['revvit=revvit._modidx:d']},
-    package_data={'revvit': ['py.typed']}, zip_safe=False)
+    package_data={'revvit': ['py.typed','*.pyi']}, zip_safe=False)
