@@ -16,9 +16,8 @@ if _command.startswith('revvit_') and _first and _signal.getsignal(_signal.SIGIN
     _signal.signal(_signal.SIGINT, _interrupted)
 
 from .core.coupling import couple, uncouple
-from .core.dial import Plan
 from .core.block import ReversibleBlock
-from .core.engine import chunk_size
+from .core.dial import Plan, chunk_size
 from .core.exact import self_check, set_self_check
 from .core.sequence import ReversibleSequence
 from .models.layers import MeanFusion, MlpFusion

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 from revvit.core.block import ReversibleBlock
-from revvit.core.engine import chunk_size
+from revvit.core.dial import chunk_size
 from revvit.core.sequence import ReversibleSequence
 from revvit.models.layers import MlpHalf
 from revvit.core.testing import check_grads, check_inverse, weighted_sum

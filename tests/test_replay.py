@@ -7,8 +7,9 @@ from unittest import mock
 import pytest, torch
 from torch import nn
 from revvit.core import exact, state
-from revvit.core.engine import check_repeatable, chunk_size
-from revvit.core.replay import Call, Record, equal_parts, part_of
+from revvit.core.dial import chunk_size
+from revvit.core.replay import Call, check_repeatable, equal_parts, part_of
+from revvit.core.state import Record
 
 root = Path(__file__).resolve().parent.parent
 source = (root/'revvit'/'core'/'state.py').read_text(encoding='utf8')

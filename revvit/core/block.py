@@ -17,7 +17,8 @@ from .coupling import couple, uncouple
 from .exact import Snap
 from .state import *
 from .replay import *
-from .engine import check_repeatable, chunk_size, is_large, kernel_for, make_call
+from .dial import chunk_size, is_large
+from .engine import kernel_for, make_call
 
 # %% ../../nbs/core/06_block.ipynb #2b340db7
 class ReversibleBlock(nn.Module):

@@ -14,8 +14,8 @@ from torch import nn
 from .coupling import check_alike, describe
 from .exact import GRID, Snap, grid, hear
 from .state import amp_dtype, transforming
-from .dial import Plan, check_keep, spend, stored_bytes
-from .engine import Tape, chunk_size, make_call, run_in_place
+from .dial import Plan, check_keep, chunk_size, spend, stored_bytes
+from .engine import Tape, make_call, run_in_place
 from .block import ReversibleBlock, by_sequence, run_stored, stored_call, why_stored
 
 # %% ../../nbs/core/07_sequence.ipynb #c18044d9

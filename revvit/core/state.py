@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['graph_task', 'keeps_graph', 'fused_sdp_choice', 'private', 'is_batched', 'transforming', 'saving_is_hooked',
            'global_hooks', 'function_modes', 'storage_users', 'rng_states', 'set_rng_states', 'rng_moved', 'Watch',
-           'has_unknown_code', 'remember_draws', 'may_draw', 'drew', 'draws', 'amp_dtype', 'same_autocast']
+           'has_unknown_code', 'remember_draws', 'may_draw', 'drew', 'draws', 'amp_dtype', 'same_autocast', 'path_in',
+           'Record']
 
 # %% ../../nbs/core/02_state.ipynb #0a91b88a
 import gc, torch, weakref
 from weakref import WeakSet
 from contextlib import nullcontext
 from functools import partial
+from fastcore.basics import patch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -202,3 +204,65 @@ def same_autocast(
     t = device.type
     if not _has_autocast(t): return nullcontext
     return partial(torch.autocast, t, torch.get_autocast_dtype(t), torch.is_autocast_enabled(t), False)
+
+# %% ../../nbs/core/02_state.ipynb #eab14695
+def _state(t):
+    "What changes when the tensor `t` is written to, or given other memory"
+    return t.untyped_storage()._cdata,0 if t.is_inference() else t._version
+
+def path_in(
+    m:nn.Module, # Any module
+    layer:nn.Module, # It, or one inside it
+)->str: # As in `named_modules`
+    "What messages call a layer"
+    return next((n for n,o in m.named_modules() if o is layer), '')
+
+class Record:
+    "A module's layers, weights and buffers, and what they were at that moment"
+    def __init__(self,
+        m:nn.Module, # The module
+        modules:list|None=None, # It and all modules in it, if that is known
+    ):
+        self.m,self.modules = m,list(m.modules()) if modules is None else modules
+        self.modes = [o.training for o in self.modules]
+        self.params,self.buffers = self._note('_parameters'),self._note('_buffers')
+
+    def _note(self, kind):
+        "Owner, name, tensor and its state, for each tensor of a kind"
+        found = {}
+        for o in self.modules:
+            for k,t in getattr(o, kind).items():
+                if t is not None and id(t) not in found: found[id(t)] = o,k,t,_state(t)
+        return list(found.values())
+
+    def name(self, owner, key):
+        "What messages call a weight"
+        return f'{path}.{key}' if (path:=path_in(self.m, owner)) else key
+
+# %% ../../nbs/core/02_state.ipynb #b048a553
+@patch
+def changed(self:Record):
+    "Name of a weight or buffer that is no longer what it was, if any"
+    for o,k,t,was in self.params:
+        if _state(t)!=was: return self.name(o, k)
+    for o,k,t,was in self.buffers:
+        if _state(t)!=was or o._buffers.get(k) is not t: return self.name(o, k)
+
+@patch
+def check(self:Record,
+    name:str, # What messages call the module
+):
+    "Refuse to repeat a call of a module that has changed"
+    if n:=self.changed():
+        raise RuntimeError(f"'{n}' in {name} was changed between forward and backward, so the input cannot be rebuilt: "
+                           "step the optimizer after backward, or call set_reversible(False)")
+    if self.modes!=[o.training for o in self.modules]:
+        raise RuntimeError(f"{name} was switched between train() and eval() before backward: switch after it, "
+                           "or call set_reversible(False)")
+
+@patch
+def check_layers(self:Record, name:str):
+    "Refuse to repeat a call of a module whose layers are others now"
+    if list(map(id, self.m.modules()))!=list(map(id, self.modules)):
+        raise RuntimeError(f"layers of {name} were replaced, added or removed between forward and backward: "
+                           "change them after it, or call set_reversible(False)")

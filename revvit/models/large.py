@@ -10,7 +10,7 @@ import torch
 from copy import copy
 from fastcore.basics import patch
 from torch.nn import functional as F
-from ..core.engine import row_budget
+from ..core.dial import row_budget
 from ..core.replay import equal_parts
 from .fused import FusedAttention, FusedMlp
 
