@@ -7,7 +7,7 @@ from functools import partial
 import pytest, torch
 from torch import nn
 from revvit.core.dial import spend
-from revvit.core.exact import set_self_check
+from revvit.core.exact import Snap, Start, set_self_check
 from revvit.core.memory import peak_bytes, per_image, saved_bytes
 from revvit.core.testing import weighted_sum
 from cases import *
@@ -191,3 +191,31 @@ def test_a_sample_dropped_whole_is_no_alarm(exact):
     xs = [x.clone().index_fill_(0, torch.tensor([1]), 0.).requires_grad_() for x in xs]
     m.set_reversible(True, exact=exact)
     loss_of(m, xs).backward()
+
+# ---------------------------------------------------------------- what the self-check sees
+
+def _rows(x): return x.flip(1)
+def _centred(x): return 1.1*x
+def _exchanged(x): return x[:,[1,0,2,3,4]]
+def _smaller(x): return x*torch.tensor([1.,.99,1.])[:,None,None]
+
+@pytest.mark.parametrize('change', [_rows,_centred,_exchanged,_smaller])
+def test_a_stream_that_came_back_otherwise(change):
+    "In another order; with a plain sum of zero before and after; one image of three"
+    x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    if change is _centred: x -= x.mean(-1, keepdim=True)
+    start = Start((x,), 'a run')
+    assert start.message(start.errors((x*(1+1e-6),))) is None
+    assert 'a run did not come back' in start.message(start.errors((change(x),)))
+
+def test_one_step_of_the_grid_is_seen_and_what_is_not_finite_speaks_for_itself():
+    x = Snap.apply(torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0)), torch.float32)
+    start = Start((x,x), 'a run', True)
+    assert [int(start.errors(o).sum()) for o in ((x,x),(x,x+2**-14))]==[0,3]
+    nan = x.clone()
+    nan[0] = torch.nan
+    assert start.message(start.errors((nan,x))) is None
+
+def test_what_becomes_of_the_sentence():
+    with pytest.raises(ValueError, match="one of warn, error, off, got 'on'"): set_self_check('on')
+    assert [set_self_check(o) for o in ('warn','off','error')]==['error','warn','off']

@@ -26,6 +26,7 @@ class Plan:
         share = f"{self.kept/1e6:.3g} of {self.of/1e6:.3g} MB"
         return f"keeps the second stream of {self.x2} and all of {self.whole} of {self.blocks} blocks: {share}"
 
+# %% ../../nbs/core/04_dial.ipynb #45162380
 def spend(
     keep:float, # Share of what ordinary autograd would store, 0 to 1
     blocks:int, # Blocks

@@ -35,8 +35,7 @@ class _Fused(Call):
         self.record.check(self.name)
         self.kernel.begin()
         self.wanted,amp = needs,amp_dtype(self.device)
-        other = amp not in (None,self.kernel.dtype)
-        self.off = torch.autocast(self.device.type, enabled=False) if other else nullcontext()
+        self.off = nullcontext() if amp in (None,self.kernel.dtype) else torch.autocast(self.device.type, enabled=False)
 
     def vjp(self, i, xs, d, wanted=True):
         part = part_of(xs[0], self.parts[i])
@@ -87,8 +86,9 @@ def _half_forward(call, src, dst, exact):
     for rows,o in call.each(src): add_(dst, rows, o, 1, exact)
     o = None
     if _leave_to_others(src, before):
-        warnings.warn(f"{call.name} or a hook on it keeps its input: it is left a copy, through which no gradient flows; "
-                      "forward_intermediates or set_reversible(False) gives one that has a gradient", RuntimeWarning)
+        warnings.warn(f"{call.name} or a hook on it keeps its input: it is left a copy, through which no gradient "
+                      "flows; forward_intermediates or set_reversible(False) gives one that has a gradient",
+                      RuntimeWarning)
 
 # %% ../../nbs/core/05_engine.ipynb #032eb1ff
 def _own_memory(g, taken):
@@ -110,8 +110,8 @@ def _accumulate(acc, new, taken):
 def _half_backward(call, src, dst, dsrc, ddst, needs, exact, used=True, rebuild=True):
     "Undo `dst += m(src)` and add the gradient of `src` to `dsrc`; the parameters' gradients, and whether `src` has one"
     call.prepare(needs)
-    fed,acc,before,taken = False,[None]*len(needs),storage_users(src),None
-    if not isinstance(call, _Fused): taken = {o.untyped_storage().data_ptr() for o in (ddst,dsrc)}
+    fed,acc,before = False,[None]*len(needs),storage_users(src)
+    taken = None if isinstance(call, _Fused) else {o.untyped_storage().data_ptr() for o in (ddst,dsrc)}
     for i in reversed(range(len(call.parts))):
         rows = call.parts[i]
         # where no gradient comes, a module that has none for other reasons need not be asked
