@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest, torch
 from revvit.use import cli
-from revvit.use import benchmark as bench, measures
+from revvit.use import benchmark as bench, measures, sets
 from revvit.use.measures import Candidate, Group
 
 TINY = dict(img_size=32, embed_dim=16, num_heads=2, depth=2)
@@ -34,7 +34,7 @@ def record():
 def here(monkeypatch, capfd, tmp_path):
     "The command in this process, on the tiny group"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, 'small_set', lambda: [group()])
+    monkeypatch.setattr(sets, 'small_set', lambda: [group()])
     def _run(*args):
         capfd.readouterr()
         code,(out,err) = cli.revvit_bench([str(o) for o in args]),capfd.readouterr()
@@ -167,7 +167,7 @@ def test_when_time_is_over_rows_say_so():
 
 # ---------------------------------------------------------------- sets
 
-@pytest.mark.parametrize('groups', [bench.small_set(), bench.large_set()], ids=['small', 'large'])
+@pytest.mark.parametrize('groups', [sets.small_set(), sets.large_set()], ids=['small', 'large'])
 def test_sets_name_what_there_is(groups):
     import timm
     from torchvision.models import list_models
@@ -179,12 +179,12 @@ def test_sets_name_what_there_is(groups):
             if g.args.get('drop_path_rate') or c.args.get('drop_path_rate'): assert 'error' not in g.measures # other masks
 
 def test_the_gpu_set_has_every_rival():
-    first = bench.large_set()[0]
+    first = sets.large_set()[0]
     assert {'eager', 'checkpointed', 'attention kept', 'offloaded', 'compiled', 'budget 0.1', 'budget 0.5'} == {c.way for c in first.candidates if c.settings is None and not c.model.startswith('rev')}
-    assert {c.model for g in bench.large_set() for c in g.candidates} >= {'torchvision/mvit_v1_b', 'mvitv2_base', 'vit_small_patch16_224', 'vit_base_patch16_224', 'vit_large_patch16_224'}
+    assert {c.model for g in sets.large_set() for c in g.candidates} >= {'torchvision/mvit_v1_b', 'mvitv2_base', 'vit_small_patch16_224', 'vit_base_patch16_224', 'vit_large_patch16_224'}
 
 def test_own_set_is_a_product():
-    gs = bench.own_set(['revvit_tiny_patch16_224'], [1,2], [3,4], ['float32','bfloat16'], ['eager'], ['stored'])
+    gs = sets.own_set(['revvit_tiny_patch16_224'], [1,2], [3,4], ['float32','bfloat16'], ['eager'], ['stored'])
     assert sorted((g.batch_size, g.args['depth'], g.amp) for g in gs) == sorted((b, d, a) for b in (1,2) for d in (3,4) for a in ('float32','bfloat16'))
     assert [c.settings for c in gs[0].candidates] == [None, dict(on=False)]
 
@@ -265,7 +265,7 @@ def test_ctrl_c_leaves_the_finished_groups(finished, here, tmp_path, monkeypatch
         n[0] += 1
         if n[0] > finished: raise KeyboardInterrupt
         return run(*args)
-    monkeypatch.setattr(bench, 'small_set', lambda: [group(PLAIN, measures=('operations',))]*2)
+    monkeypatch.setattr(sets, 'small_set', lambda: [group(PLAIN, measures=('operations',))]*2)
     monkeypatch.setattr(bench, 'run_group', stop)
     code,_,err = here('--device', 'cpu')
     found = [json.loads(o.read_text()) for o in tmp_path.glob('*.json')]

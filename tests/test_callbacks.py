@@ -12,7 +12,8 @@ from torch.testing import assert_close
 from revvit.data.digits import digits_dls
 from revvit.models.vit import RevViT
 from revvit.training import callbacks
-from revvit.training.callbacks import MixBatches, MixLoss, NonFiniteError, PlainLog, RunLog, SeedRun, StopOnNonFinite
+from revvit.training.callbacks import MixBatches, MixLoss, NonFiniteError, SeedRun, StopOnNonFinite
+from revvit.training.logs import PlainLog, RunLog
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings('ignore')

@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from timm.optim import param_groups_weight_decay
 from fastai.vision.all import Learner, OptimWrapper, accuracy, num_distrib, rank_distrib
 from .recipes import Recipe, recipe_model
-from .callbacks import (LossLater, MixBatches, MixLoss, PlainLog, RunLog, SaveCheckpoint, Schedule,
-    SeedRun, StopOnNonFinite, WeightAverage)
+from revvit.training.callbacks import (LossLater, MixBatches, MixLoss, Schedule, SeedRun, StopOnNonFinite,
+    WeightAverage)
+from .logs import PlainLog, RunLog, SaveCheckpoint
 
 # %% ../../nbs/training/32_learner.ipynb #a873bed3
 class _AdamW(OptimWrapper):

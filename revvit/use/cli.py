@@ -6,22 +6,21 @@
 __all__ = ['revvit_train', 'revvit_predict', 'revvit_test', 'revvit_bench']
 
 # %% ../../nbs/use/46_cli.ipynb #e4c01f7d
-import os, shlex, sys, time, zipfile
+import os, shlex, sys, zipfile
 from dataclasses import replace
 from json import dumps
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
-from ..core.device import out_of_memory, pick_device
+from ..core.device import allow_tf32, out_of_memory, pick_device
 from ..models.files import replacing, write_file
 from .command import command, command_line, one_sentence
 from .runs import (accuracy_line, claim_run, fit_run, newest_checkpoint, recipe_settings, run_config,
                              sample_digit, set_modes)
 
 # %% ../../nbs/use/46_cli.ipynb #d2ca001d
-def _check_flags(flags):
+def _check_flags(flags, recipes):
     "Refuse what cannot be meant"
-    from revvit.training.recipes import recipes
     if flags.recipe not in recipes:
         raise ValueError(f"there is no recipe {flags.recipe!r}; there is: {', '.join(recipes)}")
     if not 0<=flags.seed<2**32: raise ValueError(f"seed must be from 0 to {2**32-1}, got {flags.seed}")
@@ -52,7 +51,7 @@ def _recipe(flags):
     "The recipe as the flags change it; PyTorch gets its number of threads"
     import torch
     from revvit.training.recipes import recipes
-    _check_flags(flags)
+    _check_flags(flags, recipes)
     r = recipes[flags.recipe].changed(epochs=flags.epochs, batch_size=flags.batch_size, lr=flags.lr)
     if flags.average is not None: r = replace(r, average=flags.average)
     if threads := flags.threads or r.threads: torch.set_num_threads(threads)
@@ -61,7 +60,6 @@ def _recipe(flags):
 def _learner(r, flags):
     "The learner, and what its loaders were told"
     from revvit.models.checkpoints import load_checkpoint
-    from revvit.core.device import allow_tf32
     from revvit.training.recipes import recipe_dls, recipe_model
     from revvit.training.learner import learner
     device = allow_tf32(pick_device(flags.device))
@@ -74,13 +72,13 @@ def _learner(r, flags):
 
 # %% ../../nbs/use/46_cli.ipynb #250e6757
 def _told(r, flags, kwargs):
-    "Claim the folder of the run; what was asked of it"
+    "Claim the folder of the run; it, and what was asked of the run"
     from revvit.training.distributed import from_first
-    names = ('recipe','seed','amp','weights','new_head','new_size')
-    told = {k: str(v or '') if k=='weights' else v for k,v in vars(flags).items() if k in names}
+    told = {k: getattr(flags, k) for k in ('recipe','seed','amp','weights','new_head','new_size')}
+    told['weights'] = str(flags.weights or '')
     flags.out = from_first(claim_run, flags.out, flags.recipe, flags.resume, {**recipe_settings(r), **told})
     more = {k: getattr(flags, k) for k in ('resume','save_steps','save_minutes','chunk','processes')}
-    return {**told, 'data': str(flags.data or ''), 'out': str(flags.out), **more, **kwargs}
+    return flags.out,{**told, 'data': str(flags.data or ''), 'out': str(flags.out), **more, **kwargs}
 
 def _train(r, flags):
     "Train; the learner, and in the first process the seconds it took"
@@ -89,8 +87,7 @@ def _train(r, flags):
     from revvit.training.resume import keep_state
     from revvit.training.learner import record_run
     learn,kwargs = _learner(r, flags)
-    told = _told(r, flags, kwargs)
-    out = flags.out
+    out,told = _told(r, flags, kwargs)
     told |= set_modes(learn, out, flags.keep, flags.exact)
     record_run(learn, out, r.image_cfg)
     distribute(keep_state(learn, out, flags.resume, flags.save_steps, minutes=flags.save_minutes))
@@ -123,7 +120,16 @@ def _finish(learn, r, flags, took):
     print(f"{best}, {took:.0f} s of training; in {out}: {', '.join(sorted(o.name for o in out.iterdir()))}")
     if sample: print(f"Now try: revvit_predict {shlex.quote(str(sample))}{elsewhere}")
 
-# %% ../../nbs/use/46_cli.ipynb #cbcef47c
+def _run(flags):
+    "Train as the flags say; the first process shows and tests what came of it"
+    from revvit.training.distributed import join_group, leave_group
+    r = _recipe(flags)
+    flags.processes = join_group()
+    try: learn,took = _train(r, flags)
+    finally: leave_group()
+    if took is not None: _finish(learn, r, flags, took)
+
+# %% ../../nbs/use/46_cli.ipynb #c568e69e
 @command
 def revvit_train(
     recipe:str='digits', # What to train: digits, moving_digits, rev_vit_s, rev_vit_b, rev_mvit_b or rev_mvit_b_16x4
@@ -157,25 +163,14 @@ def revvit_train(
 ):
     """Train a reversible vision transformer; without arguments, on handwritten digits that come with the package.
     Starts on several GPUs with torchrun --nproc_per_node N --no-python revvit_train ..."""
-    flags = SimpleNamespace(**locals())
-    from revvit.training.distributed import join_group, leave_group
-    r = _recipe(flags)
-    flags.processes = join_group()
-    try: learn,took = _train(r, flags)
-    finally: leave_group()
-    if took is not None: _finish(learn, r, flags, took)
+    _run(SimpleNamespace(**locals()))
 
 # %% ../../nbs/use/46_cli.ipynb #a5a275c3
 def _model_for(weights, name, classes, device):
     "The model that the flags mean, with the class names of the text file `classes`"
-    from revvit.use.inference import get_model
+    from revvit.use.inference import get_model, name_classes
     m = get_model(name, newest_checkpoint() if weights is None and name is None else weights, device)
-    if classes is None: return m
-    try: names = [o.strip() for o in classes.read_text(encoding='utf8').splitlines() if o.strip()]
-    except UnicodeDecodeError as e: raise ValueError(f"{classes}: not a text file") from e
-    if len(names)!=m.num_classes:
-        raise ValueError(f"{classes} has {len(names)} names, but the model has {m.num_classes} classes")
-    m.pretrained_cfg = {**(m.pretrained_cfg or {}), 'label_names': names}
+    if classes is not None: name_classes(m, classes)
     return m
 
 # %% ../../nbs/use/46_cli.ipynb #eed7ca98
@@ -262,34 +257,6 @@ def revvit_test(
                 f"{res['n']} files in {data}")
 
 # %% ../../nbs/use/46_cli.ipynb #0fc0f66b
-def _words(s, type=str):
-    "The words of `s`, which has commas between them"
-    try: return [type(o.strip()) for o in s.split(',')]
-    except ValueError: raise ValueError(f"numbers with commas between them are wanted, got {s!r}") from None
-
-def _groups(device, small, models, depths, batch_sizes, dtypes, rivals, settings):
-    "Title and groups of the set that the flags mean"
-    from revvit.use.benchmark import large_set, own_set, small_set
-    if models is None:
-        only = dict(depths=depths, batch_sizes=batch_sizes, dtypes=dtypes, rivals=rivals, settings=settings)
-        for k,v in only.items():
-            if v is not None: raise ValueError(f"{k} must come with --models, to which it applies")
-        return ('small set',small_set()) if small or device.type!='cuda' else ('large set',large_set())
-    if small: raise ValueError("--small is a set of its own: leave it or --models out")
-    kwargs = {k: _words(v) for k,v in dict(dtypes=dtypes, ways_of=rivals, ours=settings).items() if v is not None}
-    kwargs |= {k: _words(v, int) for k,v in dict(depths=depths, batch_sizes=batch_sizes).items() if v is not None}
-    return 'own set',own_set(_words(models), **kwargs)
-
-def _results_file(out, device):
-    "A new file in `out`, which can be written"
-    out = out or (o if (o := Path('nbs')/'results').is_dir() else Path('.'))
-    out.mkdir(parents=True, exist_ok=True)
-    path = out/f"{time.strftime('%Y-%m-%d-%H%M%S')}-{device.type}.json"
-    write_file(path, '')
-    path.unlink()
-    return path
-
-# %% ../../nbs/use/46_cli.ipynb #5baa2c63
 @command
 def revvit_bench(
     small:bool=False, # The set for a CPU, by default where there is no GPU; the other wants a GPU of 40 GB or more
@@ -315,10 +282,11 @@ def revvit_bench(
     for k,v in dict(memory=memory, minutes=minutes).items():
         if not 0<v<float('inf'): raise ValueError(f"{k} must be a number above 0, got {v}")
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')   # the profiler would say on the error stream whenever it starts
-    from revvit.use.benchmark import benchmark, measurable_device, print_newest
+    from revvit.use.benchmark import benchmark, measurable_device, print_newest, results_file
+    from revvit.use.sets import asked_set
     device = measurable_device(device)
-    title,groups = _groups(device, small, models, depths, batch_sizes, dtypes, rivals, settings)
-    path,state = _results_file(out, device),{}
+    title,groups = asked_set(device, small, models, depths, batch_sizes, dtypes, rivals, settings)
+    path,state = results_file(out, device),{}
     def done(record):
         state.update(record)
         write_file(path, dumps(record, indent=1))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ways', 'Candidate', 'Group', 'Runner', 'clean', 'memory_of', 'lines_of', 'fits', 'try_largest', 'exact_gradients',
-           'gradient_error', 'operations', 'step_seconds', 'host_seconds']
+           'gradient_error', 'operations', 'host_seconds', 'step_seconds']
 
 # %% ../../nbs/use/42_measures.ipynb #8c40d2ab
 import gc, time
@@ -143,6 +143,7 @@ def memory_of(
         res |= dict(allocated=own+res['peak'], reserved=own+more)
     return res | dict(kept=live_bytes(lambda: runner.loss(x, y), device))
 
+# %% ../../nbs/use/42_measures.ipynb #22a73f23
 def lines_of(
     runner:Runner, # At the group's depth
     peak:int, # Its peak at the group's batch size
@@ -246,6 +247,18 @@ def operations(
     return c.n
 
 # %% ../../nbs/use/42_measures.ipynb #a09ba7a2
+def host_seconds(
+    runner:Runner, # Warmed up; on CUDA with tiny tensors
+    x:torch.Tensor, # Images
+    y:torch.Tensor, # Labels
+    steps:int=1, # Averaged
+)->float: # Seconds a step
+    "CPU seconds that a step takes before the device is waited for"
+    if runner.device.type=='cuda': torch.cuda.synchronize(runner.device)
+    t = time.process_time()
+    for _ in range(steps): runner.step(x, y)
+    return (time.process_time()-t)/steps
+
 def step_seconds(
     runner:Runner, # Warmed up
     x:torch.Tensor, # Images
@@ -253,10 +266,7 @@ def step_seconds(
     steps:int=1, # Averaged
 )->float: # Seconds a step
     "CPU seconds of the process on a CPU, seconds of the device on CUDA"
-    if runner.device.type!='cuda':
-        t = time.process_time()
-        for _ in range(steps): runner.step(x, y)
-        return (time.process_time()-t)/steps
+    if runner.device.type!='cuda': return host_seconds(runner, x, y, steps)
     a,b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(runner.device)
     a.record()
@@ -264,15 +274,3 @@ def step_seconds(
     b.record()
     b.synchronize()
     return a.elapsed_time(b)/1000/steps
-
-def host_seconds(
-    runner:Runner, # On tiny tensors
-    x:torch.Tensor, # Images
-    y:torch.Tensor, # Labels
-    steps:int=1, # Averaged
-)->float: # CPU seconds a step
-    "CPU seconds that a step takes before the device is waited for"
-    if runner.device.type=='cuda': torch.cuda.synchronize(runner.device)
-    t = time.process_time()
-    for _ in range(steps): runner.step(x, y)
-    return (time.process_time()-t)/steps
