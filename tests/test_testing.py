@@ -24,8 +24,8 @@ def streams():
 three,near = torch.tensor([3.,4.]),torch.tensor([3.,4.5])
 
 @pytest.mark.parametrize('got,want,floor,says', [
-    (near, three, 0., .1), (0*three, 0*three, 0., 0.), (three, 0*three, 0., float('inf')), (three, 0*three, 50., .1)])
-def test_relative_distance(got, want, floor, says): assert testing._rel(got, want, floor) == pytest.approx(says)
+    (near, three, 0., .1), (three*torch.tensor([float('nan'),1.]), three, 0., float('nan')), (0*three, 0*three, 0., 0.), (three, 0*three, 0., float('inf')), (three, 0*three, 50., .1)])
+def test_relative_distance(got, want, floor, says): assert testing._rel(got, want, floor) == pytest.approx(says, nan_ok=True)
 
 def test_the_floor_is_a_percent_of_the_typical_norm():
     assert testing._floor([three, None, 7*three]) == pytest.approx(.25)
@@ -73,7 +73,7 @@ def test_mixed_modes_come_back_mixed():
     m = stack()
     m[1].eval()
     modes = [o.training for o in m.modules()]
-    with testing._eval_mode(m): assert not any(o.training for o in m.modules())
+    with testing._restored(m): m.eval()
     assert [o.training for o in m.modules()] == modes
 
 def test_an_emptied_storage_counts_as_changed():

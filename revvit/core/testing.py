@@ -34,11 +34,10 @@ def weighted_sum(
 _TOL = {torch.float64:1e-12, torch.float32:1e-5}
 
 def _tol(tol, dtype):
-    "The given limit, or the one that goes with `dtype`"
-    if tol is not None: return tol
-    if not dtype.is_floating_point: return 0.
-    if dtype not in _TOL: raise ValueError(f"no default tolerance for {dtype}: give tol")
-    return _TOL[dtype]
+    "The given limit, or the one that goes with `dtype`; 0 for integers"
+    if tol is None and dtype.is_floating_point and dtype not in _TOL:
+        raise ValueError(f"no default tolerance for {dtype}: give tol")
+    return _TOL.get(dtype, 0.) if tol is None else tol
 
 def _norm(t): return float(t.double().norm())
 
@@ -52,7 +51,7 @@ def _floor(gs):
     ns = [_norm(g) for g in gs if g is not None]
     return 0.01*(sum(n*n for n in ns)/len(ns))**.5 if ns else 0.
 
-# %% ../../nbs/core/08_testing.ipynb #d28ddaa8
+# %% ../../nbs/core/08_testing.ipynb #0285e2f2
 def _rng():
     "States of all global generators, comparable with `==`"
     kind,key,*rest = np.random.get_state()
@@ -69,8 +68,8 @@ def _set_rng(s):
 
 @contextmanager
 def _restored(module, seed=None):
-    "Random states, `.grad` and buffers come back; inside, `.grad` is None and torch starts from `seed`"
-    rng,old = _rng(),[(p,p.grad) for p in module.parameters()]
+    "Random states, modes, `.grad` and buffers come back; inside, `.grad` is None and torch starts from `seed`"
+    rng,old,modes = _rng(),[(p,p.grad) for p in module.parameters()],[(m,m.training) for m in module.modules()]
     bufs = [(m,k,b,b.clone()) for m in module.modules() for k,b in m.named_buffers(recurse=False)]
     for p,_ in old: p.grad = None
     if seed is not None: torch.manual_seed(seed)
@@ -78,20 +77,12 @@ def _restored(module, seed=None):
     finally:
         _set_rng(rng)
         for p,g in old: p.grad = g
+        for m,training in modes: m.training = training
         for m,k,b,was in bufs:
             setattr(m,k,b)
             b.data.copy_(was)   # through .data, or autograd would count it as a change of the buffer
 
 # %% ../../nbs/core/08_testing.ipynb #66d0095c
-@contextmanager
-def _eval_mode(module):
-    "Evaluation mode; each submodule's own mode comes back"
-    was = [(m,m.training) for m in module.modules()]
-    module.eval()
-    try: yield
-    finally:
-        for m,t in was: m.training = t
-
 def _gap(got, want):
     "Largest difference, relative to the largest value of `want`"
     return float((got-want).abs().max()) / (float(want.abs().max()) or 1.) if want.numel() else 0.
@@ -117,8 +108,8 @@ def check_inverse(
     "Assert that `seq.inverse` undoes `seq` and that both leave their inputs alone"
     _differ((x1,x2))
     xs = [x1.detach().clone(),x2.detach().clone()]
-    with _restored(seq), _eval_mode(seq), torch.no_grad():
-        ys = seq(*xs)
+    with _restored(seq), torch.no_grad():
+        ys = seq.eval()(*xs)
         if bad := _changed(xs,(x1,x2)): raise AssertionError(f"the forward changed its input x{bad[0]+1}")
         was = [y.clone() for y in ys]
         back = seq.inverse(*ys)
@@ -288,7 +279,8 @@ def drift(
     limit:float=1e-3, # Warn above it
 )->list: # One number per block, first block first
     "Error of each block's rebuilt input, relative to the stream's largest value"
-    with _restored(seq), _eval_mode(seq), torch.no_grad():
+    with _restored(seq), torch.no_grad():
+        seq.eval()
         true,blocks,res = [(x1,x2)],list(seq),[]
         for b in blocks: true.append(b(*true[-1]))
         ys = true.pop()
