@@ -52,7 +52,7 @@ def survivors(self:ReversibleBlock,
     if not (self.training and self.drop_path): return None,None
     draw = torch.rand(1 if self.shared_drop_path else 2, len(x), dtype=torch.float32, device='cpu')
     rows = [o.nonzero().squeeze(1) for o in draw >= self.drop_path]
-    if x.device.type!='cpu': # from pinned memory the copy need not be waited for
+    if x.device.type!='cpu':
         rows = [(o.pin_memory() if x.is_cuda else o).to(x.device, non_blocking=True) for o in rows]
     return rows[0],rows[-1]
 
@@ -118,7 +118,6 @@ def stored_call(
     n,chunk,graph = len(xs[0]),chunk or chunk_size(xs[0]),torch.is_grad_enabled()
     def first(): return m(*(x[:chunk] for x in xs))
     if graph and exact and len(xs)==1 and is_large(*xs, chunk) and (o:=_in_pieces(m, *xs)) is not None: return o
-    # without a graph too: a reentrant checkpoint must draw now what it will draw with one
     parted = graph and exact or n>chunk and draws(m, first, xs[0].device)
     return _in_parts(m, xs, chunk, exact) if parted else m(*xs)
 
@@ -149,7 +148,7 @@ def _alone(block, xs):
     "Is a block called by the user, to train, and for the first time?"
     if torch.compiler.is_compiling() or not torch.is_grad_enabled(): return False
     if getattr(_caller, 'now', False) or block in _told or transforming(): return False
-    if saving_is_hooked(): return False   # as in a checkpoint, which stores nothing
+    if saving_is_hooked(): return False
     return any(o.requires_grad for o in (*xs, *block.parameters()))
 
 def _say_stored(block, fn, name, why, *args):
@@ -159,7 +158,7 @@ def _say_stored(block, fn, name, why, *args):
     def memory(t): # shards and the like have none of their own to look at
         if t.layout==torch.strided and type(t) in (torch.Tensor,nn.Parameter): return t.untyped_storage()
     def note(t):
-        if not known: # not before: FSDP has the weights together from here on
+        if not known:
             there = map(memory, (*args[:2], *block.parameters(), *block.buffers()))
             known.update(o.data_ptr() for o in there if o is not None)
         s = memory(t)
@@ -178,7 +177,6 @@ def run_stored(
     xs:tuple, # Both streams
 ): # Both streams
     "A block by ordinary autograd, and once a sentence about what that costs"
-    # under hooks on what is saved, a checkpoint of the user's say, nobody else may put some around it
     if block in _told or saving_is_hooked() or not torch.is_grad_enabled(): return block(*xs)
     return _say_stored(block, block, name, why, *xs)
 

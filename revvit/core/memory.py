@@ -79,6 +79,7 @@ def live_bytes(
     "Tensor bytes that `fn()` leaves alive, above what lived before"
     return _cuda(fn,device)[1] if torch.device(device).type=='cuda' else live_trace(fn)[-1]
 
+# %% ../../nbs/core/08a_memory.ipynb #e2a544f9
 def per_image(
     measure, # Function from a batch size to bytes
     b1:int, # Smaller batch size
