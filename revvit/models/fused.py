@@ -106,7 +106,6 @@ class FusedMlp(FusedHalf):
 # %% ../../nbs/models/10_fused.ipynb #a95a674f
 _FLASH = torch.nn.attention.SDPBackend.FLASH_ATTENTION.value
 
-# %% ../../nbs/models/10_fused.ipynb #e3cf7a70
 class FusedAttention(FusedHalf):
     "LayerNorm, multi-head self-attention"
     def __init__(self, norm, qkv, proj, dtype, modules,
@@ -124,7 +123,7 @@ class FusedAttention(FusedHalf):
         if x.device.type=='cpu' and fused_sdp_choice(q, k, v)==_FLASH: # its kernels, without a graph around them
             a,lse = _flash(q, k, v)
             return a,lambda d: _flash_back(d, q, k, v, a, lse, 0., False)
-        with torch.enable_grad(): # in both passes: the choice of a kernel depends on it
+        with torch.enable_grad():
             leaves = [o.detach().requires_grad_() for o in (q,k,v)]
             a = F.scaled_dot_product_attention(*leaves)
         return a.detach(),lambda d: torch.autograd.grad(a, leaves, d)

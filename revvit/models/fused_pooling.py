@@ -115,7 +115,6 @@ def pooled_back(self:FusedPooling, i, fine, y, normed, d):
     gw = [o.to(w.dtype).unflatten(0, (self.num_heads,-1)).sum(0) for o in gw]
     return g.reshape(-1, g.shape[-1]),[gw[0] if w.ndim==4 else torch.stack(gw, 2), *gn]
 
-# %% ../../nbs/models/11_fused_pooling.ipynb #b2ffc42b
 @patch
 def attend(self:FusedPooling, h, x, graph):
     "Attention's output as rows, and where there is a graph that output in it and what the gradients need"
@@ -128,7 +127,7 @@ def attend(self:FusedPooling, h, x, graph):
     u = a.detach().transpose(1, 2).flatten(0, 1).flatten(1)   # B heads n d -> BN D
     return (u,a,qkv,made) if graph else u
 
-# %% ../../nbs/models/11_fused_pooling.ipynb #cc213d5d
+# %% ../../nbs/models/11_fused_pooling.ipynb #b2ffc42b
 @patch
 def forward(self:FusedPooling, x):
     "The result"
@@ -147,7 +146,6 @@ def vjp(self:FusedPooling, x, d, wanted=True):
     gx,gn,g1,gp = self.back(h, x, grads, made, mean, rstd)
     return o,gx,[*gn,*g1,*g2,*gp]
 
-# %% ../../nbs/models/11_fused_pooling.ipynb #cf836820
 @patch
 def back(self:FusedPooling, h, x, grads, made, mean, rstd):
     "Gradients of `x`, the norm, the first linear layer and the pools, for those of queries, keys and values, used up"
