@@ -42,9 +42,7 @@ class _Fused(Call):
         if not part.shape[0]:
             return part[:0],[part[:0]],[torch.zeros_like(p) if w else None for p,w in zip(self.params, self.wanted)]
         with self.off: o,gx,grads = self.kernel.vjp(part, self.scaled(d.to(self.kernel.result)), wanted)
-        gp = [None]*len(self.params)
-        for k,g in zip(self.where, grads):
-            if self.wanted[k]: gp[k] = g if gp[k] is None else gp[k]+g
+        gp = self.sums(g if self.wanted[k] else None for k,g in zip(self.where, grads))
         return self.scaled(o) if wanted else None,(gx,),gp
 
     def done(self): self.kernel.end()
@@ -114,7 +112,6 @@ def _half_backward(call, src, dst, dsrc, ddst, needs, exact, used=True, rebuild=
     taken = None if isinstance(call, _Fused) else {o.untyped_storage().data_ptr() for o in (ddst,dsrc)}
     for i in reversed(range(len(call.parts))):
         rows = call.parts[i]
-        # where no gradient comes, a module that has none for other reasons need not be asked
         d = part_of(ddst, rows) if used or isinstance(call, _Fused) else None
         o,(gx,),gp = call.vjp(i, (src,), d, rebuild)
         if rebuild: add_(dst, rows, o, -1, exact)

@@ -95,6 +95,13 @@ class Call:
 
     def scaled(self, o): return o if self.scale==1 else o*self.scale
 
+    def sums(self, grads):
+        "One gradient for each of `params`, from those of which `where` says whose they are"
+        gp = [None]*len(self.params)
+        for k,g in zip(self.where, grads):
+            if g is not None: gp[k] = g if gp[k] is None else gp[k]+g
+        return gp
+
 # %% ../../nbs/core/03_replay.ipynb #f38a27dd
 def _is_torchs(hook):
     "Is it one of PyTorch's own?"
@@ -214,21 +221,14 @@ def vjp(self:Call, i, xs, d, wanted=True):
     self.searched = True
     grads = [None]*len(wanted)
     if d is not None and o.requires_grad: grads = torch.autograd.grad(o, wanted, d.to(o.dtype), allow_unused=True)
-    gp = [None]*len(self.params)
-    for k,g in zip(self.where, grads[len(xs):]):
-        if g is not None: gp[k] = g if gp[k] is None else gp[k]+g
-    return o.detach(),[None if g is None else g[:n] for g in grads[:len(xs)]],gp
+    return o.detach(),[None if g is None else g[:n] for g in grads[:len(xs)]],self.sums(grads[len(xs):])
 
 @patch
 def done(self:Call): self.wanted = self.lend = None
 
 # %% ../../nbs/core/03_replay.ipynb #2a29fa5c
-def refuse_statistics(
-    name:str, # What messages call the module
-    m:nn.Module, # The module
-    modules:list, # It and all modules in it
-):
-    "Refuse layers that a repeated pass on part of the batch would get wrong"
+def refuse_statistics(name, m, modules):
+    "Refuse layers of `m` that a repeated pass on part of the batch would get wrong"
     for o in modules:
         stats = isinstance(o, nn.modules.batchnorm._BatchNorm) or getattr(o, 'track_running_stats', False)
         power = any('SpectralNorm' in type(h).__name__ for h in (o, *o._forward_pre_hooks.values()))
@@ -237,11 +237,8 @@ def refuse_statistics(
                              f"({path_in(m, o) or 'itself'}), whose state changes in every forward pass: "
                              "use a layer that treats each image alone, such as LayerNorm or GroupNorm")
 
-def check_repeatable(
-    name:str, # What messages call the module
-    m:nn.Module, # F or G
-):
-    "Refuse what could not be called again"
+def check_repeatable(name, m):
+    "Refuse an F or G that could not be called again"
     if not isinstance(m, nn.Module): raise ValueError(f"{name} must be a module, got {type(m).__name__}")
     for path,o in m.named_modules():
         where = f"({path or 'itself'})"

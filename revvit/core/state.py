@@ -210,11 +210,8 @@ def _state(t):
     "What changes when the tensor `t` is written to, or given other memory"
     return t.untyped_storage()._cdata,0 if t.is_inference() else t._version
 
-def path_in(
-    m:nn.Module, # Any module
-    layer:nn.Module, # It, or one inside it
-)->str: # As in `named_modules`
-    "What messages call a layer"
+def path_in(m, layer):
+    "What messages call a layer of `m`; '' is `m` itself"
     return next((n for n,o in m.named_modules() if o is layer), '')
 
 class Record:
