@@ -11,6 +11,7 @@ from revvit.training import resume
 from revvit.training.learner import learner
 from revvit.training.recipes import recipes
 from revvit.training.resume import keep_state, newest_state, states
+from test_training import same
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -38,12 +39,6 @@ def run(out, kill=None, **kw):
     try: quiet(learn, 'fit', small.epochs)
     except KeyboardInterrupt: pass
     return learn
-
-def same(a, b):
-    if isinstance(a, torch.Tensor): return torch.equal(a, b)
-    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 def end(learn):
     "Weights, average, optimizer, curves and log of a learner, without the times it took"

@@ -17,6 +17,7 @@ from revvit.data.video_file import Video, _scan, is_video
 from revvit.data.clips import (ClipAugment, ClipTransform, TensorVideo, TrainClips, _fit, _normalise, _rows, _same_draws,
     clip_classes, clip_dls, clip_files, clip_indices, read_clip_list, view_starts)
 from revvit.data.moving_digits import directions, moving_digits, moving_digits_dls
+from test_training import same
 
 torch.set_num_threads(1)
 NTSC = Fraction(30000, 1001)
@@ -589,7 +590,6 @@ AUG = dict(rand_aug='rand-m7-n4-mstd0.5-inc1', erase=.5)
 def test_R40_batches_depend_on_seed_and_list_alone(data):
     "Bit for bit the same at 0, 1 and 2 workers, two epochs, whatever the global generators do; from the middle of an epoch; and shared out to two processes"
     def loader(workers=0, seed=3, bs=4, **kw): return dls(data, tfm=None, aug=AUG, repeats=2, workers=workers, seed=seed, bs=bs, **kw).train
-    def same(a, b): return len(a)==len(b) and all(torch.equal(x, y) for p,q in zip(a, b) for x,y in zip(p, q))
     dl = loader()
     first = [batches(dl), batches(dl)]
     assert [o[0].shape for o in first[0]]==[(8,3,4,48,64)]*3 and not same(*first)
