@@ -506,7 +506,7 @@ def test_a_device_that_is_not_there(name, args, device, zoo, here):
 def test_all_pick_the_same_device(zoo, monkeypatch):
     "On a machine with nothing but Apple's GPU (pretended): all ask one function, and none picks for itself"
     from revvit.core import device
-    from revvit.data import digits, images, loader
+    from revvit.data import digits, from_files, images
     from revvit.use import benchmark, inference
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
@@ -514,7 +514,7 @@ def test_all_pick_the_same_device(zoo, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, 'to', lambda self, device: went.append(str(device)) or self)
     inference.get_model(weights=zoo/'vit.pth')
     assert went == ['mps']
-    for o in (digits, images, loader, cli, benchmark, inference): assert o.pick_device is device.pick_device, o.__name__
+    for o in (digits, images, from_files, cli, benchmark, inference): assert o.pick_device is device.pick_device, o.__name__
     assert not [o.name for o in Path(revvit.__file__).parent.rglob('*.py') if 'default_device' in o.read_text(encoding='utf8')]
 
 class OnTheHost(torch.Tensor):
