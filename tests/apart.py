@@ -16,7 +16,8 @@ class Block(nn.Module):
     keep = None
     def part(self, m, x, i):
         if self.keep is None: return m(x)
-        return m(x)*self.keep[i].to(x.dtype).view(-1, *[1]*(x.ndim-1))/(1-self.drop_path)
+        # some images alone are a copy, which a half that works in place may change
+        return m(x.clone())*self.keep[i].to(x.dtype).view(-1, *[1]*(x.ndim-1))/(1-self.drop_path)
     def forward(self, x1, x2):
         y1 = x1 + self.part(self.f, x2, 0)
         y2 = x2 + self.part(self.g, y1, 1)

@@ -108,7 +108,7 @@ def pick(n, *kinds):
     return n.r.choice(found) if found else (None,None)
 def place(m, path, new):
     parent,_,name = path.rpartition('.')
-    m.get_submodule(parent)._modules[name] = new.to(next(m.parameters()).dtype)
+    m.get_submodule(parent)._modules[name] = new.to(next(m.parameters(), torch.empty(0)).dtype)
 def halves_of(n): return [(f'{k}.{h}' if k else h, getattr(b, h)) for k,b in n.model.named_modules() if type(b) in (ReversibleBlock,Block) for h in 'fg']
 def some_half(n): return n.r.choice(halves_of(n))
 LEAVES = nn.Linear,nn.LayerNorm,nn.Conv2d,nn.Conv3d
