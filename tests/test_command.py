@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from revvit.training.recipes import recipes
-from revvit.use import cli, runs
+from revvit.use import cli, predict, runs, train
 from revvit.use.command import command, command_line, flags_parser, one_sentence
 from revvit.use.runs import claim_run, newest_checkpoint
 
@@ -195,26 +195,26 @@ def flags(**changes):
     ('moving_digits', dict(on_bad='skip'), ('a', dict(workers=0, on_bad='skip'))),
     ('rev_vit_s', dict(workers=3, allow_shared=True), ('a', dict(workers=3, on_bad='raise', allow_shared=True))),
     ('rev_mvit_b_16x4', dict(workers=1, root='b'), ('a', dict(workers=1, on_bad='raise', root='b')))])
-def test_loaders(recipe, changes, want): assert cli._own_data(recipes[recipe], flags(**changes)) == want
+def test_loaders(recipe, changes, want): assert train._own_data(recipes[recipe], flags(**changes)) == want
 
 @pytest.mark.parametrize('cores,processes,want', [(4, 1, 4), (64, 1, 16), (64, 8, 8), (2, 4, 1)])
 def test_workers_by_default(cores, processes, want, monkeypatch):
     "One for each core that this process may call its own, 16 at most"
     monkeypatch.setattr(os, 'cpu_count', lambda: cores)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
-    assert cli._own_data(recipes['rev_vit_s'], flags())[1]['workers'] == want
+    assert train._own_data(recipes['rev_vit_s'], flags())[1]['workers'] == want
 
 @pytest.mark.parametrize('recipe,changes,said', [('digits', {}, 'brings its own data'),
     ('rev_vit_s', dict(root='b'), '--root is for lists of videos')])
 def test_data_that_do_not_go_with_a_recipe(recipe, changes, said):
-    with pytest.raises(ValueError, match=said): cli._own_data(recipes[recipe], flags(**changes))
+    with pytest.raises(ValueError, match=said): train._own_data(recipes[recipe], flags(**changes))
 
 @pytest.mark.parametrize('name', ['file', 'a b/c.png', 'x.npy', 'allow_pickle'])
 def test_features_under_any_name(name, tmp_path):
     "Also under NumPy's own parameters"
     import numpy as np
     want = np.arange(6, dtype=np.float32).reshape(2,3)
-    cli._save_arrays(tmp_path/'a.npz', {name: want, 'other': want[0]})
+    predict._save_arrays(tmp_path/'a.npz', {name: want, 'other': want[0]})
     with np.load(tmp_path/'a.npz') as z:
         assert z.files == [name.removesuffix('.npy'), 'other'] or z.files == [name, 'other']
         assert z[z.files[0]].dtype == np.float32 and (z[z.files[0]] == want).all()

@@ -79,11 +79,12 @@ class Start:
         self.norm = partial(torch.linalg.vector_norm, dim=1, dtype=dtype)
         self.sizes = [] if exact else [self.norm(x.detach().reshape(len(x), -1)) for x in xs]
         eps = max(torch.finfo(t).eps for t in (xs[0].dtype, amp or xs[0].dtype))
-        self.limit = eps**.5*min(1., max(blocks, 4)/48)
+        self.share = min(1., max(blocks, 4)/48)
+        self.limit = eps**.5*self.share
 
     def reach(self, ys):
-        "Measure images that began as zero by what they became"
-        ends = [self.norm(y.detach().reshape(len(y), -1)) for y in ys]
+        "Measure images that began as zero by what they became; a norm makes much of so little, however short the run"
+        ends = [self.norm(y.detach().reshape(len(y), -1))/self.share for y in ys]
         self.sizes = [torch.where(s>0, s, e) for s,e in zip(self.sizes, ends)]
 
     def errors(self, xs, rows=slice(None)):
