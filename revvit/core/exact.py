@@ -79,7 +79,7 @@ class Start:
         self.norm = partial(torch.linalg.vector_norm, dim=1, dtype=dtype)
         self.sizes = [] if exact else [self.norm(x.detach().reshape(len(x), -1)) for x in xs]
         eps = max(torch.finfo(t).eps for t in (xs[0].dtype, amp or xs[0].dtype))
-        self.share = min(1., max(blocks, 4)/48)
+        self.share = min(1., max(blocks, 4)/48) if eps<1e-6 else 1.
         self.limit = eps**.5*self.share
 
     def reach(self, ys):
@@ -102,6 +102,7 @@ class Start:
         if e.device.type!='cpu' and self_check()!='error': _later(e, self.message)
         else: _say(self.message(e))
 
+# %% ../../nbs/core/01_exact.ipynb #97ab74a7
 def start_of(
     xs:tuple, # Tensors with images first
     *args, **kwargs, # As for `Start`

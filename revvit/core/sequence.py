@@ -25,16 +25,17 @@ class ReversibleSequence(nn.ModuleList):
         blocks=(), # `ReversibleBlock`s, in order
         chunk:int|None=None, # Images at a time, in forward and backward; by default `chunk_size`
         name:str='', # What messages call it
+        from_zero:bool=False, # Whether images may begin as zero in training, where rounding errors are all there is
     ):
         super().__init__(blocks)
         if chunk is not None and chunk<1: raise ValueError(f"chunk must be at least 1 image, got {chunk}")
-        self.chunk,self.name = chunk,name
+        self.chunk,self.name,self.from_zero = chunk,name,from_zero
         self.set_reversible()
 
     def set_reversible(self,
         on:bool=True, # `False` stores activations, by ordinary autograd
         keep:float=0., # Share of what ordinary autograd would store that may be kept, 0 to 1
-        exact:bool|None=None, # Rebuild the same bits; None does so under autocast
+        exact:bool|None=None, # Rebuild the same bits; None does so under autocast, and where images begin as zero
     ):
         "Rebuild activations in the backward pass, or store them"
         check_keep(keep)
@@ -43,7 +44,7 @@ class ReversibleSequence(nn.ModuleList):
     def __getitem__(self, i):
         part = super().__getitem__(i)
         if isinstance(i, slice):
-            part.chunk,part.name = self.chunk,self.name
+            part.chunk,part.name,part.from_zero = self.chunk,self.name,self.from_zero
             part.set_reversible(self.reversible, self.keep, self.exact)
         return part
 
@@ -130,7 +131,8 @@ def _reverses(self:ReversibleSequence, x1, x2, tail):
 @patch
 def _is_exact(self:ReversibleSequence, x):
     "Does the exact mode hold for a stream like `x`?"
-    if self.exact is None: return amp_dtype(x.device) is not None and x.dtype in GRID
+    wanted = amp_dtype(x.device) is not None or self.from_zero and self.training
+    if self.exact is None: return wanted and x.dtype in GRID
     if self.exact: grid(x.dtype)
     return self.exact
 

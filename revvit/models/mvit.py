@@ -152,8 +152,11 @@ def _make_stages(self:RevMViT, size, rates):
     def block(stage, i):
         return mvit_block(stage.dim, stage.num_heads, size.pool_kernel, stage.kv_stride, **same,
                           drop_path=rates[i], shared_drop_path=a['shared_drop_path'])
-    self.stages = nn.ModuleList(ReversibleSequence((block(stage, i) for i in stage.blocks), a['chunk'], f'stage {n}')
-                                for n,stage in enumerate(plan))
+    def sequence(n, stage):
+        # a sample dropped whole begins the stage as zero
+        dropped = bool(n and a['drop_whole'] and rates[size.stage_starts[n-1]])
+        return ReversibleSequence((block(stage, i) for i in stage.blocks), a['chunk'], f'stage {n}', dropped)
+    self.stages = nn.ModuleList(sequence(n, stage) for n,stage in enumerate(plan))
     self.transitions = nn.ModuleList(
         StageTransition(old.dim, new.num_heads, size.pool_kernel, size.q_stride, new.kv_stride,
                         size.stream_fusion, **same) for old,new in pairwise(plan))
