@@ -4,9 +4,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import revvit
+from fastcore.basics import store_attr
 from revvit.training.recipes import recipes
 from revvit.use import cli, predict, runs, train
-from revvit.use.command import command, command_line, flags_parser, one_sentence
+from revvit.use.command import FlagGroup, all_flags, command, command_line, flags_of, flags_parser, one_sentence
 from revvit.use.runs import claim_run, newest_checkpoint
 
 # ---------------------------------------------------------------- flags
@@ -54,6 +56,55 @@ def test_help():
 def test_the_line_that_means_a_call(args, line): assert command_line(demo, args) == line
 
 def test_a_line_without_its_folder(): assert command_line(demo, dict(name='x', lr=.1), without=('name',)) == 'demo --lr 0.1'
+
+class Size(FlagGroup):
+    "How large"
+    def __init__(self,
+        max_side:int=32, # Pixels
+        # To the bit, as
+        # always
+        exact:bool|None=None,
+    ): store_attr()
+
+class Kind(FlagGroup):
+    "Which kind"
+    def __init__(self,
+        kind:str='a', # Of picture
+    ): store_attr()
+
+@command
+def shrink(
+    size:Size, # A
+    kind:Kind, # B
+    out:Path=Path('x'), # Folder
+):
+    "Make smaller"
+    flags = all_flags(size, kind)
+    if flags.max_side > 64: raise ValueError(f'max_side must be 64 at most, got {flags.max_side}')
+    print(flags.max_side, flags.exact, flags.kind, out)
+
+@pytest.mark.parametrize('words,said', [('', '32 None a x'), ('--max-side 3 --no-exact --kind b --out y', '3 False b y')])
+def test_flags_in_groups(words, said, capsys):
+    assert shrink(words.split()) == 0
+    assert capsys.readouterr().out.strip() == said
+
+def test_groups_are_headings_of_the_help():
+    said = ' '.join(flags_parser(shrink).format_help().split())
+    assert 'How large: --max-side N Pixels (default: 32) --exact, --no-exact To the bit, as always Which kind:' in said
+
+def test_a_message_knows_the_flags_of_groups(capsys):
+    assert shrink(['--max-side', '70']) == 2
+    assert capsys.readouterr().err == 'shrink: --max-side must be 64 at most, got 70\n'
+
+def test_names_of_all_flags(): assert [*flags_of(shrink)] == ['out', 'max_side', 'exact', 'kind']
+
+def test_the_line_that_means_a_call_of_groups():
+    assert command_line(shrink, dict(max_side=32, kind='two words', exact=True)) == "shrink --kind 'two words' --exact"
+
+@pytest.mark.parametrize('name', ['revvit_train', 'revvit_predict', 'revvit_test', 'revvit_bench'])
+def test_version(name, capsys):
+    with pytest.raises(SystemExit) as end: getattr(cli, name)(['--version'])
+    assert end.value.code == 0 and capsys.readouterr().out == f'revvit {revvit.__version__}\n'
 
 # ---------------------------------------------------------------- what comes back
 
