@@ -9,7 +9,8 @@ from PIL import Image
 from torch.testing import assert_close
 from revvit.use.evaluation import folder_items
 from revvit.data.loader import UnreadableFile, seeded
-from revvit.data.images import ImageTransform, image_dls, image_files, open_image, shard_dls, train_tfm
+from revvit.data.class_folders import folder_files as image_files, kind_of_data
+from revvit.data.images import ImageTransform, image_dls, open_image, shard_dls, train_tfm
 from revvit.training.recipes import recipes
 
 cfg = dict(input_size=(3,32,32), mean=(.485,.456,.406), std=(.229,.224,.225), interpolation='bicubic', crop_pct=.875)
@@ -264,8 +265,8 @@ def test_shown_pictures_have_their_colours_back(folder):
     mean,std = (torch.tensor(cfg[k])[:,None,None] for k in ('mean','std'))
     assert_close(shown, (x*std+mean).clip(0, 1), rtol=0, atol=1e-5)
 
-@pytest.mark.parametrize('kw,said', [(dict(bs=27), 'must be from 1 to the 26 training files of a process, got 27'),
-    (dict(bs=14, world=2), 'must be from 1 to the 13 training files of a process, got 14'), (dict(aug=full, tfm=len), 'give one of the two'),
+@pytest.mark.parametrize('kw,said', [(dict(bs=27), '^26 training files are too few for a batch of 27: batch_size=26 or less would work'),
+    (dict(bs=14, world=2), 'too few for each of 2 processes to have 14: batch_size=26 or less'), (dict(aug=full, tfm=len), 'give one of the two'),
     (dict(on_bad='hide'), "on_bad must be 'raise' or 'skip'"), (dict(valid='valid'), 'valid: no such folder')])
 def test_R38_settings_that_cannot_work(folder, kw, said):
     with pytest.raises((ValueError, FileNotFoundError), match=said): loaders(folder, **kw)
@@ -489,3 +490,52 @@ def test_shards_cannot_be_entered_in_the_middle(folder, tmp_path):
     (tmp_path/'_info.json').write_text(json.dumps(dict(splits={o: dict(part, name=o) for o in ('train','val')})))
     dl = shard_dls(tmp_path, cfg, ['a'], bs=1, workers=1, device='cpu').train
     with pytest.raises(ValueError, match=r'cannot be entered in the middle of an epoch \(at batch 2\)'): dl.set_epoch(1, batch=2)
+
+# ---------------------------------------------------------------- folders that nobody has divided
+
+@pytest.fixture
+def photos(folder, tmp_path): return Path(shutil.copytree(folder/'train', tmp_path/'photos'))
+
+def names(items, path): return {Path(o).relative_to(path).as_posix() for o in items}
+
+def test_a_fifth_of_each_class_is_held_out(photos, tmp_path, capsys):
+    "3 of 13 in both classes; the seed chooses, not the place of the folder; and a line says so"
+    train,held,vocab = image_files(photos)
+    assert (len(train), len(held), [*held.values()]) == (20, 6, [0]*3+[1]*3) and not {*train}&{*held}
+    assert f'{photos}: without a folder for each part, 6 of 26 images are held out' in capsys.readouterr().out
+    moved = Path(shutil.copytree(photos, tmp_path/'elsewhere'/'photos'))
+    assert names(image_files(moved)[1], moved) == names(held, photos) != names(image_files(photos, seed=1)[1], photos)
+    dls = image_dls(photos, cfg, bs=4, workers=0, seed=1, device='cpu')
+    assert {*map(str, dls.valid_ds.items)} == {*image_files(photos, seed=1)[1]}
+
+def test_more_files_move_few_to_the_other_side(photos):
+    _,held,_ = image_files(photos)
+    for o in [*photos.rglob('*.png')][:4]: shutil.copy(o, o.with_name('new '+o.name))
+    assert len(names(held, photos) & names(image_files(photos)[1], photos)) >= 4
+
+@pytest.mark.parametrize('valid', ['valid', 'validation', 'test'])
+def test_other_names_of_val(valid, copy):
+    (copy/'val').rename(copy/valid)
+    assert [len(o) for o in image_files(copy)] == [26, 26, 2]
+
+@pytest.mark.parametrize('case,said', [('lonely', 'the only file of its class; at least 2 are needed'), ('empty', "no images for the class 'empty'"),
+    ('linked', 'are one and the same file'), ('torn', 'the image file is empty')])
+def test_what_cannot_be_divided(case, said, photos):
+    (photos/case).mkdir()
+    some = sorted(photos.rglob('*.png'))[0]
+    if case in ('lonely','linked','torn'): shutil.copy(some, photos/case/'a.png')
+    if case == 'linked':
+        for i in range(20): (photos/case/f'{i}.png').symlink_to(photos/case/'a.png')
+    if case == 'torn': (photos/case/'b.png').touch()
+    with pytest.raises((ValueError, UnreadableFile), match=said): image_files(photos)
+
+@pytest.mark.parametrize('files,want', [(['a/1.jpg','a/2.mp4.txt'], 'images'), (['a/1.mp4'], 'clips'), (['train.csv','val.csv'], 'clips'),
+    (['train.csv','val.csv','a/1.png'], 'images'), ([f'a/{i}.png' for i in range(10)]+['a/1.mp4','.hidden/2.mp4'], 'images'),
+    (['a/1.png','a/2.mp4'], '1 images and 1 videos'), (['a/1.txt'], 'neither images nor videos'), ([], 'no such folder')], ids=str)
+def test_kind_of_data(files, want, tmp_path):
+    for o in files:
+        (tmp_path/'d'/o).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/'d'/o).touch()
+    if want in ('images', 'clips'): assert kind_of_data(tmp_path/'d') == want
+    else:
+        with pytest.raises((ValueError, FileNotFoundError), match=want): kind_of_data(tmp_path/'d')

@@ -465,7 +465,7 @@ def test_shown_clips_have_their_colours_back(data):
     want = b[0].as_subclass(torch.Tensor)*.5+torch.tensor([.2,.3,.4]).view(3,1,1,1)
     assert_close(d.valid.decode(b)[0].as_subclass(torch.Tensor), want.clip(0,1), rtol=0, atol=1e-6)
 
-@pytest.mark.parametrize('kw,said', [(dict(bs=13), 'must be from 1 to the 12 training files of a process, got 13'), (dict(aug={'hflip': 0.}), 'give one of the two'),
+@pytest.mark.parametrize('kw,said', [(dict(bs=13), '^12 training files are too few for a batch of 13: batch_size=12 or less would work'), (dict(aug={'hflip': 0.}), 'give one of the two'),
     (dict(repeats=0), 'repeats must be at least 1, got 0'), (dict(views=0), 'views must be at least 1, got 0'), (dict(on_bad='hide'), "on_bad must be 'raise' or 'skip'"),
     (dict(valid='other.csv'), 'other.csv: no such list of videos'), (dict(root='/nowhere'), r'/nowhere/train ünï 0.mp4: no such video file \(and 15 more such files\)')])
 def test_R38_settings_that_cannot_work(data, kw, said):
@@ -585,6 +585,16 @@ def test_R38_class_folders_of_videos(tmp):
     items,said = quiet(lambda: folder_items(tmp/'classes', Clips()))
     assert [(Path(p).name, i) for p,i in items]==[('a.mp4',0),('c.MOV',0),('a.mp4',1),('c.MOV',1)]
     assert len(said)==1 and ': 6 files are left out, being none of .3gp, .avi, .flv and such: 4 hidden, 2 .gif (as ' in said[0]
+
+def test_class_folders_of_videos_for_training(tmp):
+    "Without lists, a folder for each class: the same batches as from lists of the same files"
+    for name in ('slow','fast'):
+        (tmp/'sorted'/name).mkdir(parents=True)
+        for i in range(4): write(tmp/'sorted'/name/f'{i}.mp4', 20+i)
+    train,held,vocab = clip_files(tmp/'sorted', seed=2)
+    assert (len(train), len(held), vocab) == (6, 2, ['fast','slow'])
+    x,y = dls(tmp/'sorted', bs=2, seed=2).valid.one_batch()
+    assert [vocab[i] for i in y] == ['fast','slow'] and x.shape[:3] == (2,3,4)
 
 AUG = dict(rand_aug='rand-m7-n4-mstd0.5-inc1', erase=.5)
 def test_R40_batches_depend_on_seed_and_list_alone(data):

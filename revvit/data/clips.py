@@ -22,6 +22,7 @@ from torchvision.models.video import MViT_V1_B_Weights
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from .images import allow_zero_bits, check_settings
+from .class_folders import folder_files
 from .from_files import a_few, and_more, file_dls, naming_file, readable
 from .loader import UnreadableFile
 from .video_file import Video
@@ -124,8 +125,7 @@ def rand_augment(self:ClipAugment,
     side:int, # Short side of the frames; shifts are up to 0.45 of it
 ):
     "timm's RandAugment for such frames"
-    # the publisher's, here alone
-    hparams = dict(translate_const=int(side*.45), interpolation=Image.Resampling.BICUBIC)
+    hparams = dict(translate_const=int(side*.45), interpolation=Image.Resampling.BICUBIC)   # here alone
     try: return allow_zero_bits(rand_augment_transform(self.rand_aug, hparams))
     except (AssertionError, ValueError) as e:
         raise ValueError(f"rand_aug must be like 'rand-m7-n4-mstd0.5-inc1', got {self.rand_aug!r}") from e
@@ -215,16 +215,19 @@ def clip_classes(
 
 # %% ../../nbs/data/24_clips.ipynb #96bc746d
 def clip_files(
-    path:str|Path, # Folder that holds the lists
+    path:str|Path, # Folder that holds the lists, or class folders
     train:str='train.csv', # List of training videos
     valid:str='val.csv', # List of held-out videos
     root:str|Path|None=None, # Where relative paths in the lists start; None for the folder of the list
     on_bad:str='raise', # Missing and empty files: 'raise', or 'skip' to leave them out with a warning
     check:bool=True, # Look at every file; False trusts the lists, for slow disks
     allow_shared:bool=False, # A video that is in both lists is warned of; by default it is an error
+    seed:int=0, # Of what is held out of class folders that are not divided
 )->tuple: # Class number by path for training and held-out videos, and the class names
     "Read both lists of a data set, or say what is wrong with it"
     path = Path(path)
+    if not any((path/o).exists() for o in (train,valid)) and any(o.is_dir() for o in path.glob('[!.]*')):
+        return folder_files(path, kind='video', on_bad=on_bad, check=check, allow_shared=allow_shared, seed=seed)
     lists,parts = [path/o for o in (train,valid)],[read_clip_list(path/o, root) for o in (train,valid)]
     both = sorted(set(parts[0])&set(parts[1]))
     if both and not allow_shared:
@@ -274,7 +277,7 @@ class _Views:
 # %% ../../nbs/data/24_clips.ipynb #af40bdb0
 @delegates(file_dls, but=['after_batch'])
 def clip_dls(
-    path:str|Path, # Folder that holds the lists
+    path:str|Path, # Folder that holds the lists, or class folders
     cfg:dict, # Clip settings, as `ClipTransform` takes them
     bs:int=16, # Videos a training batch in this process; the last, smaller batch of an epoch is left out
     aug:dict|None=None, # Keywords of `ClipAugment`
@@ -289,9 +292,9 @@ def clip_dls(
     root:str|Path|None=None, # Where relative paths in the lists start; None for the folder of the list
     **kwargs, # Passed to `file_dls`
 )->DataLoaders: # With `vocab`, the class names
-    "fastai `DataLoaders` of lists of videos"
+    "fastai `DataLoaders` of videos, listed or in class folders"
     if aug and tfm: raise ValueError("aug describes this project's augmentation, tfm replaces it: give one of the two")
     if repeats<1: raise ValueError(f"repeats must be at least 1, got {repeats}")
-    files = clip_files(Path(path).expanduser(), train, valid, root, on_bad, check, allow_shared)
+    files = clip_files(Path(path).expanduser(), train, valid, root, on_bad, check, allow_shared, kwargs.get('seed', 0))
     reads = TrainClips(cfg, tfm or ClipAugment(cfg, **(aug or {})), repeats), _Views(cfg, views)
     return file_dls(files, reads, TensorVideo, cfg, bs, on_bad=on_bad, after_batch=[_Flat()], **kwargs)

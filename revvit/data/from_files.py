@@ -151,9 +151,11 @@ def file_dls(
 )->DataLoaders: # With `vocab`, the class names
     "fastai `DataLoaders` of files"
     (train,held,vocab),device = files,pick_device(device)
-    if not 1<=bs<=len(train)//world:
-        raise ValueError(f"the batch size must be from 1 to the {len(train)//world} training files of a process, "
-                         f"got {bs}")
+    if bs<1: raise ValueError(f"the batch size must be 1 or more, got {bs}")
+    if bs*world>len(train):
+        each = f"each of {world} processes to have {bs}" if world>1 else f"a batch of {bs}"
+        raise ValueError(f"{len(train)} training files are too few for {each}: batch_size={len(train)//world*world} or "
+                         "less would work")
     readers,n = [_Read(o, wrap, i) for i,o in enumerate(reads)],len(train)
     labels = [_Label({**train, **held}, vocab), Categorize(vocab=vocab, sort=False)]
     dsets = Datasets([*train, *held], [readers, labels], splits=(range(n), range(n, n+len(held))))
