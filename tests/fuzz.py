@@ -115,7 +115,7 @@ LEAVES = nn.Linear,nn.LayerNorm,nn.Conv2d,nn.Conv3d
 
 def weight_surgery(n):
     k,o = pick(n, *LEAVES)
-    if k is None or parametrize.is_parametrized(o) or isinstance(o.weight, types.NoneType): return
+    if k is None or parametrize.is_parametrized(o) or o._parameters.get('weight') is None: return
     def reorder(): o.register_parameter('weight', o._parameters.pop('weight'))
     class Half(nn.Module):
         def forward(self, w): return w/2

@@ -297,6 +297,34 @@ def test_checkpoint_around(make, reentrant):
         return [p.grad for p in m.parameters()]
     agrees(m, run)
 
+class Own(torch.autograd.Function):
+    "Not a function of PyTorch's, so weights cannot be lent to it"
+    @staticmethod
+    def forward(ctx, x, w): ctx.save_for_backward(x, w); return x*w
+    @staticmethod
+    def backward(ctx, d): return d*ctx.saved_tensors[1],(d*ctx.saved_tensors[0]).sum(tuple(range(d.ndim-1)))
+
+class Both(nn.Module):
+    "One weight, in a function of PyTorch's and in one that is not"
+    def __init__(self): super().__init__(); self.w = nn.Parameter(torch.randn(8)/2)
+    def forward(self, x): return torch.tanh(x*self.w)+Own.apply(x, self.w)
+
+@pytest.mark.parametrize('chunk', [2,None])
+@pytest.mark.parametrize('way', ['as it is','no leaf','hook'])
+def test_a_weight_in_a_function_of_ones_own(way, chunk):
+    "Both its gradients count; with a hook on it, which would run inside and out, it is refused, and so is what was made of a weight"
+    m = stack(2, 0., 0., chunk, lambda i: (Both(),mlp()))
+    leaves = [p for p in m.parameters()]
+    if way=='no leaf':
+        for b in m: b.f._parameters['w'] = b.f.w*1.1
+    if way=='hook': m[0].f.w.register_hook(lambda g: g*2)
+    def step(on):
+        m.set_reversible(on)
+        return torch.autograd.grad(weighted_sum(m(*streams(4))), leaves, retain_graph=way=='no leaf')
+    if way=='as it is': assert error(step(True), step(False)) < 1e-12
+    else:
+        with pytest.raises(RuntimeError, match={'hook': 'f of block 0 gives a weight of shape .8,., on which there is a hook', 'no leaf': 'is neither its input nor its parameter'}[way]): step(True)
+
 class Second(nn.Module):
     "A tail that reads the second stream alone"
     def __init__(self): super().__init__(); self.lin = nn.Linear(8, 3)

@@ -539,3 +539,20 @@ def test_kind_of_data(files, want, tmp_path):
     if want in ('images', 'clips'): assert kind_of_data(tmp_path/'d') == want
     else:
         with pytest.raises((ValueError, FileNotFoundError), match=want): kind_of_data(tmp_path/'d')
+
+# ---------------------------------------------------------------- what a model is shown of an image that is tested
+
+@pytest.mark.parametrize('size', [(80,64), (48,48), (50,90)])
+@pytest.mark.parametrize('share', [.875,1.,.5])
+def test_R35_centre_crop(share, size, tmp_path):
+    "The short side becomes side/crop_pct by the named filter, the middle is cut out, pixels are normalised: Pillow, by hand"
+    side,(w,h) = 32,size
+    Image.fromarray(np.random.RandomState(0).randint(0, 255, (h,w,3), np.uint8)).save(tmp_path/'a.png')
+    got = ImageTransform(dict(cfg, input_size=(3,side,side), crop_pct=share))(tmp_path/'a.png')
+    short = int(side/share)
+    new = (short, int(short*h/w)) if w<=h else (int(short*w/h), short)
+    im = Image.open(tmp_path/'a.png').resize(new, Image.Resampling.BICUBIC)
+    left,top = (int(round((o-side)/2)) for o in new)
+    x = torch.tensor(np.array(im.crop((left, top, left+side, top+side)))).permute(2, 0, 1)/255
+    want = (x-torch.tensor(cfg['mean'])[:,None,None])/torch.tensor(cfg['std'])[:,None,None]
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)

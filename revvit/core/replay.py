@@ -193,9 +193,8 @@ def prepare(self:Call,
         if now is not p or p._backward_hooks or n!=p.requires_grad or not p.is_leaf:
             q = p.detach().requires_grad_(n)
             pairs += [(now,q),(p,q)]
-        if not n: continue
-        for t in (q,p) if q is not p and p.requires_grad else (q,): # what is no function of PyTorch's may still use `p`
-            self.wanted.append(t)
+        if n:
+            self.wanted.append(q)
             self.where.append(i)
     self.lend = partial(Lend, pairs) if pairs else nullcontext
 
@@ -215,7 +214,12 @@ def vjp(self:Call, i, xs, d, wanted=True):
         if now: set_rng_states(self.device, now)
     with torch.enable_grad(): o = self.scaled(o if n else o[:0])
     wanted = [*leaves, *self.wanted]
-    if not self.searched and (t:=_unregistered_tensor(o, [*wanted, *self.params])) is not None:
+    known = [*wanted, *(p for p in self.params if not p._backward_hooks)]   # a hook would run here and again outside
+    if not self.searched and (t:=_unregistered_tensor(o, known)) is not None:
+        if any(t is p for p in self.params):
+            raise RuntimeError(f"{self.name} gives a weight of shape {tuple(t.shape)}, on which there is a hook, to a "
+                               "function that is not PyTorch's, where the hook would run twice: remove it, or call "
+                               "set_reversible(False)")
         raise RuntimeError(f"{self.name} uses a tensor of shape {tuple(t.shape)} that needs a gradient, but is neither "
                            "its input nor its parameter: make it a parameter, detach it, or call set_reversible(False)")
     self.searched = True
