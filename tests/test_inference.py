@@ -10,11 +10,13 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, DistributedSampler
 from revvit.data.digits import digits, digits_cfg, digits_dls
 from revvit.data.images import ImageTransform
+from revvit.data.video_file import write_video
+from revvit.data.views import ClipCrops
 from revvit.models.checkpoints import input_settings, save_checkpoint
-from revvit.use import inference
 from revvit.use.evaluation import class_index, eval_loader, evaluate, folder_items
 from revvit.use.inference import (aliases, class_names, describe_probs, evaluating, extract_feat, get_model,
-                                  inference_model, model_name, predict_file, recognise_model)
+                                  inference_model, model_name, predict_file, predict_views, recognise_model)
+from revvit.use.reader import Reader
 
 TINY = 'revvit_tiny_patch16_224'
 narrow = dict(embed_dim=24, num_heads=2, depth=2)
@@ -167,11 +169,10 @@ def test_answer_of_a_file_of_weights(zoo):
     assert_close(tensor(res['pred_scores']), want, rtol=0, atol=1e-6)
     assert res['pred_class'] == ['ant','bee','cat'][want.argmax()]
 
-def test_views_are_averaged(monkeypatch):
+def test_views_are_averaged():
     "As probabilities and as features: of a white and a black view"
     two = torch.cat([torch.ones(1,1,8,8), torch.zeros(1,1,8,8)])
-    monkeypatch.setattr(inference, '_views', lambda *args: two)
-    probs,feats = predict_file(Known(), 'two.mp4')
+    probs,feats = predict_views(Known(), [two])[0]
     assert_close((probs,feats), (tensor([.375,.625]).double(), tensor([.5,1.]).double()), rtol=0, atol=1e-6)
 
 def test_more_views_see_more(tmp_path):
@@ -213,6 +214,103 @@ def test_videos_that_are_none(kind, words, zoo, tmp_path):
 
 def test_weights_go_with_a_name(zoo):
     with said('weights go with the name of a model'): inference_model(Known(), zoo/'white.png', weights=zoo/'own.pth')
+
+def test_inputs_of_several_shapes_keep_their_order():
+    "Those of one shape go through the model together; each has its own answer"
+    xs = [torch.full((v,1,n,n), float(i)) for i,(v,n) in enumerate([(1,8), (1,4), (2,8), (1,8), (1,4)])]
+    got = predict_views(Known(), xs)
+    for x,(p,f) in zip(xs, got):
+        assert_close((p,f), tuple(o.mean(0) for o in (torch.stack([x.new_zeros(len(x)), math.log(3)*x.mean((1,2,3))], 1)
+            .double().softmax(1), x.mean((1,2,3))[:,None].double()*tensor([1.,2.]).double())), rtol=0, atol=1e-6)
+    assert predict_views(Known(), []) == []
+
+def shown(zoo):
+    "A colour picture in every form"
+    im = Image.effect_noise((40,30), 50).convert('RGB')
+    im.save(zoo/'shown.png')
+    a = np.array(im)
+    return dict(path=zoo/'shown.png', words=str(zoo/'shown.png'), pil=im, array=a, tensor=torch.from_numpy(a).movedim(-1, 0),
+                strides=np.asfortranarray(a))
+
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize('kind', ['words', 'pil', 'array', 'tensor', 'strides', 'prepared'])
+def test_a_picture_in_every_form(kind, channels, zoo):
+    "Gives the answer of its file, to the bit"
+    m = timm.create_model(TINY, img_size=32, num_classes=3, in_chans=channels, **narrow)
+    if channels == 1: m.pretrained_cfg = {**m.pretrained_cfg, **digits_cfg, 'input_size': (1,32,32)}
+    forms = shown(zoo)
+    x = forms[kind] if kind != 'prepared' else Reader(m)(forms['path'])[0]
+    assert inference_model(m, x) == inference_model(m, forms['path'])
+    assert torch.equal(extract_feat(m, x), extract_feat(m, forms['path']))
+
+def test_grey_and_turned_pictures(zoo):
+    "A grey array, one with a channel of its own, and a photograph that its EXIF turns"
+    m = timm.create_model(TINY, img_size=32, num_classes=3, **narrow)
+    a = np.array(Image.effect_noise((40,30), 50))
+    want = inference_model(m, Image.fromarray(a).convert('RGB'))
+    assert inference_model(m, a) == inference_model(m, a[:,:,None]) == want
+    im,exif = Image.fromarray(a).convert('RGB'),Image.Exif()
+    exif[0x112] = 6
+    im.save(zoo/'turned.png', exif=exif)
+    opened = Image.open(zoo/'turned.png')
+    assert inference_model(m, opened) == inference_model(m, zoo/'turned.png') != want and opened.size == (40,30)
+
+@pytest.mark.parametrize('bs', [None, 1, 2, 7])
+def test_a_list_gives_a_list(bs, zoo):
+    m = timm.create_model(TINY, img_size=32, num_classes=3, **narrow)
+    items = list(shown(zoo).values())[:3]+[zoo/'white.png']+[torch.randn(3,32,32, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    got,feats = inference_model(m, items, bs=bs),extract_feat(m, tuple(items), bs=bs)
+    for o,a,f in zip(items, got, feats):
+        one = inference_model(m, o)
+        assert a['pred_class'] == one['pred_class']
+        assert_close((a['pred_scores'], f), (one['pred_scores'], extract_feat(m, o)), rtol=0, atol=1e-5)
+    assert inference_model(m, []) == [] == extract_feat(m, [])
+
+@pytest.mark.parametrize('item,words', [(np.ones((4,5,6), np.uint8), r'8-bit array \(H, W, 3\) or \(H, W\), got uint8 of shape \(4, 5, 6\)'),
+    (np.ones((8,8,3)), 'got float64 of shape'), (torch.ones(4,3,32,32), r'got \(4, 3, 32, 32\); for a batch give list\(x\)'),
+    (torch.ones(4,3,8,8, dtype=torch.uint8), 'several go in a list')])
+def test_what_is_no_picture(item, words):
+    with said(words): inference_model(timm.create_model(TINY, img_size=32, num_classes=3, **narrow), item)
+
+@pytest.mark.parametrize('item', [np.ones((8,8,3), np.uint8), Image.new('RGB', (8,8)), torch.ones(3,8,8, dtype=torch.uint8)])
+def test_pictures_for_a_model_of_clips(item):
+    c = timm.create_model('revmvit_tiny_16x4_224', img_size=32, num_frames=4, num_classes=3)
+    with said('an image, but the model takes clips of 4 frames: a video file, or a prepared tensor'): inference_model(c, item)
+    x = Reader(c)._prepared(torch.zeros(3,4,32,32))
+    assert x.shape == (1,3,4,32,32) and len(inference_model(c, torch.zeros(3,4,32,32))['pred_scores']) == 3
+
+@pytest.mark.parametrize('crops', [1, 3, 5])
+def test_crops_are_averaged(crops, zoo, tmp_path):
+    "As by hand: every crop through the model, the mean of the probabilities; three of them at the smaller scale"
+    m = timm.create_model(TINY, img_size=32, num_classes=3, **narrow)
+    m.pretrained_cfg = {**m.pretrained_cfg, 'crop_pct': .8}
+    im = Image.effect_noise((80,40), 50).convert('RGB')
+    cfg,short = input_settings(m),32 if crops == 3 else 40
+    big = im.resize((2*short,short), Image.Resampling.BICUBIC)
+    places = {1: [(24,4)], 3: [(0,0), (16,0), (32,0)], 5: [(0,0), (48,0), (0,8), (48,8), (24,4)]}[crops]
+    mean,std = (tensor(cfg[k])[:,None,None] for k in ('mean','std'))
+    x = torch.stack([(torch.from_numpy(np.array(big.crop((a,b,a+32,b+32)))).movedim(-1,0)/255-mean)/std for a,b in places])
+    with torch.no_grad(): want = m.eval()(x).softmax(1).mean(0)
+    assert_close(tensor(inference_model(m, im, crops=crops)['pred_scores']), want, rtol=0, atol=1e-5)
+
+@pytest.mark.parametrize('size', [(48,96), (96,48), (48,48)], ids=str)
+def test_three_crops_reach_both_ends_of_a_video(size, tmp_path):
+    "SlowFast's: left, middle and right of a wide one, top, middle and bottom of a tall one; clips first, then crops"
+    h,w = size
+    f = np.zeros((30,h,w,3), np.uint8)
+    if w>h: f[:,:,-w//8:] = 255
+    else: f[:,-h//8:] = 255
+    write_video(tmp_path/'v.mp4', f, qscale=1)
+    cfg = dict(input_size=(3,4,32,32), mean=(0.,)*3, std=(1.,)*3, interpolation='bilinear', crop_pct=.8)
+    x = ClipCrops(cfg, 2, 3)(tmp_path/'v.mp4')
+    light = x.mean((1,2,3,4)).view(2,3)
+    assert x.shape == (6,3,4,32,32) and ((light[:,2] > .1).all() and (light[:,0] < .05).all() or h == w)
+    assert_close(light[0], light[1], rtol=0, atol=.02)
+    if h == w: assert_close(x[0], x[2], rtol=0, atol=0)
+
+@pytest.mark.parametrize('crops', [0, 2, 4, 30])
+def test_crops_that_are_none(crops, zoo):
+    with said('crops must be 1'): inference_model(Known(), zoo/'white.png', crops=crops)
 
 def test_four_words():
     got = describe_probs(Known(['cat','dog']), tensor([.25,.75]))
