@@ -123,7 +123,7 @@ def _reverses(self:ReversibleSequence, x1, x2, tail):
     "Is there a backward pass to save memory for?"
     parts = [*self] if tail is None else [*self, tail]
     if not (self.reversible and self.keep<1 and parts and torch.is_grad_enabled()): return False
-    if torch.compiler.is_exporting(): return False
+    if torch.compiler.is_exporting() or torch.jit.is_tracing(): return False
     if type(x1).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__: return False   # it has ways of its own
     if not torch.compiler.is_compiling() and transforming(): return False   # to the compiler's tracing this looks alike
     return x1.requires_grad or x2.requires_grad or any(p.requires_grad for m in parts for p in m.parameters())

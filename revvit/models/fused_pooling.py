@@ -44,7 +44,7 @@ def head_conv(
     y,pad = None,[o//2 for o in kernels[0].shape[2:]]
     for k,dst,src in spans(len(kernels), stride[0], x.shape[1]):
         o = F.conv2d(_frames(x, src), kernels[k], None, stride[1:], pad, 1, x.shape[-1]).movedim(1, -1)
-        o = o.unflatten(0, (len(x),dst.stop-dst.start))
+        o = o.unflatten(0, (x.shape[0],dst.stop-dst.start))
         if y is None: y = o
         else: y[:,dst] += o
     return y
