@@ -69,3 +69,10 @@ def test_page(tmp_path, monkeypatch):
         if not any(word in o for word in ('compiled','got.items()','perf_counter','platform')):
             exec(compile(o.replace('epochs=15', 'epochs=1'), 'deploy', 'exec'), names)
     assert {'said','exported','run','run_clips','rounded'} <= names.keys()
+
+@every
+@pytest.mark.filterwarnings('ignore')
+def test_traced(make):
+    "torch.jit.trace, which PyTorch has superseded, in evaluation: for any number of images"
+    m,x,want = trained(make)
+    assert_close(torch.jit.trace(m, x[:2], check_trace=False)(x), want, rtol=1e-4, atol=1e-5)

@@ -112,3 +112,13 @@ def test_every_writer_of_the_package_is_this_one():
     root = Path(__file__).resolve().parent.parent/'revvit'
     others = [p.relative_to(root).as_posix() for p in root.rglob('*.py') if 'os.replace(' in p.read_text(encoding='utf8')]
     assert set(others)<={'models/files.py', 'data/clips.py', 'data/moving_digits.py'}
+
+def test_flags_that_timm_leaves_in_a_file(tmp_path):
+    "`train.py` saves its argparse.Namespace: read as the values it is, and with no way past the bound on sizes"
+    from argparse import Namespace
+    weights = {'head.weight': torch.ones(2, 3)}
+    torch.save(dict(epoch=3, arch='revvit_tiny_patch16_224', state_dict=weights, version=2, args=Namespace(lr=.1, model='a'), metric=.5), tmp_path/'m.pth.tar')
+    content = read_checkpoint(tmp_path/'m.pth.tar')
+    assert content['args'].lr==.1 and torch.equal(content['state_dict']['head.weight'], weights['head.weight'])
+    torch.save(dict(state_dict=weights, args=Namespace(x=torch.zeros(1).expand(10**7))), tmp_path/'big.pth')
+    with pytest.raises(CheckpointError, match='larger than the file'): read_checkpoint(tmp_path/'big.pth')

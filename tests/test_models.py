@@ -12,6 +12,7 @@ from torch.testing import assert_close
 import revvit
 from revvit.core.memory import saved_bytes
 from revvit.core.testing import check_grads
+from revvit.models.checkpoints import load_model, save_checkpoint
 from revvit.models.mvit import MViTSize, RevMViT, mvit_block
 from revvit.models.vit import RevViT, ViTSize
 from revvit.models.zoo import checkpoint_filter_fn, our_name, tensors_in
@@ -543,3 +544,36 @@ def test_only_clips_have_times():
     m = timm.create_model('revmvit_tiny_16x4_224', num_frames=4, pretrained_cfg_overlay=dict(frame_stride=2), **args)
     assert [m.pretrained_cfg[k] for k in ('input_size','frame_stride','frame_rate')]==[(3,4,224,224), 2, 30]
     with pytest.raises(TypeError): timm.create_model('revvit_tiny_patch16_224', pretrained_cfg_overlay=dict(frame_stride=2))
+
+# ---------------------------------------------------------------- another size
+
+SIZED = dict(vit=lambda **kw: RevViT(img_size=32, patch_size=8, embed_dim=16, num_heads=2, depth=2, num_classes=3, **kw),
+    images=lambda **kw: RevMViT(img_size=32, embed_dim=8, depth=3, stage_starts=(1,), num_classes=3, **kw),
+    clips=lambda **kw: RevMViT(img_size=32, num_frames=4, embed_dim=8, depth=3, stage_starts=(1,), patch_kernel=(3,7,7), patch_stride=(2,4,4), pool_kernel=(3,3,3), num_classes=3, **kw))
+def sized(kind, *side): return torch.randn(2, 3, *([4] if kind=='clips' else []), *side, generator=torch.Generator().manual_seed(0))
+
+@pytest.mark.parametrize('kind', SIZED)
+@pytest.mark.parametrize('new', [64,(48,64),32])
+def test_set_input_size(kind, new, tmp_path):
+    "What the model computed from such images by resampling on the way, it computes by vectors of its own; saved and loaded too"
+    torch.manual_seed(0)
+    m = SIZED[kind]().eval()
+    m.pos_embed.requires_grad_(kind!='vit')
+    x = sized(kind, *((new,new) if isinstance(new, int) else new))
+    with torch.no_grad(): want = m(x)
+    m.set_input_size(img_size=new)
+    assert m.pos_embed.shape[1]==(x.shape[-2]//m.patch_embed.patch_size[-2])*(x.shape[-1]//m.patch_embed.patch_size[-1])
+    assert m.pos_embed.requires_grad==(kind!='vit') and m.model_args['img_size']==tuple(x.shape[-2:])
+    with torch.no_grad(): assert_close(m(x), want, rtol=1e-5, atol=1e-5)
+    again = load_model(save_checkpoint(m, tmp_path/'m.pth'))
+    with torch.no_grad(): assert_close(again(x), m(x), rtol=0, atol=0)
+    assert again.patch_embed.img_size==tuple(x.shape[-2:])
+
+@pytest.mark.parametrize('kind', SIZED)
+def test_dynamic_img_size(kind):
+    "Other sizes by default; without it they are refused, with what helps"
+    assert SIZED[kind](dynamic_img_size=True)(sized(kind, 64, 32)).shape==(2,3)
+    m = SIZED[kind](dynamic_img_size=False)
+    assert m(sized(kind, 32, 32)).shape==(2,3)
+    with pytest.raises(ValueError, match='images of 32x32 pixels are wanted, got 64x32: set_input_size'): m(sized(kind, 64, 32))
+    with pytest.raises(ValueError, match='img_size must be a multiple of the patch'): m.set_input_size(33)

@@ -8,6 +8,7 @@ __all__ = ['CheckpointError', 'seal', 'is_sealed', 'weights_file', 'check_local'
 
 # %% ../../nbs/models/17_files.ipynb #fffac29a
 import hashlib, io, os, pickletools, platform, re, warnings, zipfile
+from argparse import Namespace
 from contextlib import contextmanager, suppress
 from pathlib import Path
 import safetensors, torch
@@ -73,7 +74,7 @@ def _check_tensors(content, size, fake=False):
         o = todo.pop()
         if id(o) in seen: continue
         seen[id(o)] = o
-        if isinstance(o, dict): todo += o.values()
+        if isinstance(o, (dict,Namespace)): todo += (o if isinstance(o, dict) else vars(o)).values()
         elif isinstance(o, (list,tuple,set)): todo += o
         elif isinstance(o, torch.Tensor) and o.layout==torch.strided and (fake or not o.is_meta):
             stored[o.untyped_storage()._cdata] = o.untyped_storage().nbytes()
@@ -153,7 +154,8 @@ def _read(f, start):
         warnings.simplefilter('ignore')
         (_check_zip if start.startswith(b'PK\3\4') else _check_old)(f, size)
         f.seek(0)
-        content = torch.load(f, map_location='cpu', weights_only=True)
+        with torch.serialization.safe_globals([Namespace]): # timm's train.py leaves its flags there
+            content = torch.load(f, map_location='cpu', weights_only=True)
     _check_tensors(content, size)
     return content
 

@@ -73,6 +73,7 @@ class RevViT(ReversibleModel):
         drop_path_rate:float=0., # Drop path rate of the last block
         shared_drop_path:bool=False, # One drop path mask for both halves of a block, as the publisher does
         chunk:int|None=None, # Images a block works on at a time; None lets the engine choose
+        dynamic_img_size:bool=True, # Take images of other sizes too, with the position vectors resampled
     ):
         args = constructor_args(RevViT, locals())
         super().__init__()
@@ -92,6 +93,7 @@ class RevViT(ReversibleModel):
 @patch
 def tokens(self:RevViT, x:torch.Tensor):
     "Patch and position embedding of images: (B, C, H, W) to (B, N, D)"
+    self.check_size(x)
     t,new = self.patch_embed(x),self.patch_embed.dynamic_feat_size(x.shape[-2:])
     return t + resample_abs_pos_embed(self.pos_embed, new, self.patch_embed.grid_size, 0)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import global_pool_nlc, register_notrace_module, resample_abs_pos_embed, trunc_normal_
+from timm.layers import global_pool_nlc, register_notrace_module, resample_abs_pos_embed, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, clean_state_dict
 from ..core.sequence import ReversibleSequence
 
@@ -123,6 +123,29 @@ class ReversibleModel(Classifying, Switchable):
         return self.head(self.head_drop(self.encode(x, self.neck)))
 
     def no_weight_decay(self)->set: return set()
+
+    def check_size(self, x:torch.Tensor):
+        "Refuse images of another size where `dynamic_img_size` is off"
+        if self.model_args['dynamic_img_size']: return
+        got,want = tuple(x.shape[-2:]),tuple(self.patch_embed.img_size)
+        if got!=want:
+            raise ValueError(f"images of {want[0]}x{want[1]} pixels are wanted, got {got[0]}x{got[1]}: "
+                             "set_input_size makes the model one for others, dynamic_img_size=True takes any")
+
+    def set_input_size(self,
+        img_size:int|tuple, # Pixels: an int or (height, width)
+    ):
+        "Make the model one for images of another size, its position vectors resampled for good"
+        e,size = self.patch_embed,to_2tuple(img_size)
+        step,old = e.patch_size[-2:],tuple(e.grid_size[-2:])
+        if any(n<k or n%k for n,k in zip(size, step)):
+            raise ValueError(f"img_size must be a multiple of the patch's {step[0]}x{step[1]} pixels, got {img_size}")
+        new = tuple(n//k for n,k in zip(size, step))
+        pos = resample_abs_pos_embed(self.pos_embed.detach(), list(new), list(old), 0)
+        if new!=old: self.pos_embed = nn.Parameter(pos, self.pos_embed.requires_grad)
+        e.img_size,e.grid_size = size,(*e.grid_size[:-2], *new)
+        if hasattr(e, 'num_patches'): e.num_patches = new[0]*new[1]
+        self.model_args['img_size'] = size
 
 def constructor_args(
     cls:type, # The class whose constructor asks
