@@ -40,7 +40,7 @@ print(report.loaded, report.problems(), revvit.__version__)
 dls = revvit.image_dls('data', settings, bs=4, seed=1, aug=dict(rand_aug=None))
 learn = revvit.learner(revvit.digits_dls(bs=64), revvit.recipes['digits'])
 learn.fit_one_cycle(1)
-answer: dict = revvit.inference_model(m, 'bird.jpg')
+answer: dict | list = revvit.inference_model(m, 'bird.jpg')
 """
 
 wrong = dict(
