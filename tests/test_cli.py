@@ -77,8 +77,8 @@ def test_json_and_several_files(work, here):
     assert len(a['pred_scores']) == 10 and abs(sum(a['pred_scores'])-1) < 1e-5 and a['pred_scores'] == b['pred_scores']
     assert a['pred_score'] == max(a['pred_scores']) == a['pred_scores'][a['pred_label']] and a['pred_class'] == str(a['pred_label'])
 
-@pytest.mark.parametrize('name,flags', [('revvit_train', 'recipe out epochs batch-size lr workers seed amp weights resume save-steps save-minutes chunk keep exact no-exact'), ('revvit_predict', 'weights model top views classes features device json'),
-    ('revvit_test', 'data weights model batch-size workers views classes device json'), ('revvit_bench', 'small models depths batch-sizes dtypes rivals settings memory minutes threads out device json')])
+@pytest.mark.parametrize('name,flags', [('revvit_train', 'recipe out epochs batch-size lr workers seed amp weights resume save-steps save-minutes chunk keep exact no-exact'), ('revvit_predict', 'weights model top views crops batch-size workers classes features device json version'),
+    ('revvit_test', 'data root on-bad weights model batch-size workers views crops classes device per-class confusion predictions json version'), ('revvit_bench', 'small models depths batch-sizes dtypes rivals settings memory minutes threads out device json')])
 def test_help(name, flags, capfd):
     with pytest.raises(SystemExit) as e: getattr(cli, name)(['--help'])
     out,err = capfd.readouterr()
@@ -484,7 +484,7 @@ def test_memory_that_runs_out_elsewhere(name, kind, zoo, tmp_path, here, monkeyp
     monkeypatch.setattr(revvit.RevViT, 'forward_features', lambda self, x: _fails(full_errors[kind]))
     r = here(zoo, name, *(['noise.png'] if name == 'revvit_predict' else ['--data', tmp_path, '--workers', 0]), '--weights', 'vit.pth')
     only_sentence(r, 'out of memory on the ')
-    assert r.stdout == '' and ('--batch-size' in r.stderr) == (name == 'revvit_test')
+    assert r.stdout == '' and '--batch-size' in r.stderr
 
 def test_memory_that_runs_out_is_no_bad_file(zoo, tmp_path, monkeypatch):
     "A picture is not counted as unreadable because there was no room for it"
@@ -507,14 +507,14 @@ def test_all_pick_the_same_device(zoo, monkeypatch):
     "On a machine with nothing but Apple's GPU (pretended): all ask one function, and none picks for itself"
     from revvit.core import device
     from revvit.data import digits, from_files, images
-    from revvit.use import benchmark, inference
+    from revvit.use import benchmark, inference, train
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
     went = []
     monkeypatch.setattr(torch.nn.Module, 'to', lambda self, device: went.append(str(device)) or self)
     inference.get_model(weights=zoo/'vit.pth')
     assert went == ['mps']
-    for o in (digits, images, from_files, cli, benchmark, inference): assert o.pick_device is device.pick_device, o.__name__
+    for o in (digits, images, from_files, train, benchmark, inference): assert o.pick_device is device.pick_device, o.__name__
     assert not [o.name for o in Path(revvit.__file__).parent.rglob('*.py') if 'default_device' in o.read_text(encoding='utf8')]
 
 class OnTheHost(torch.Tensor):
@@ -729,3 +729,164 @@ def test_a_published_recipe_on_ones_own_data(zoo, tmp_path, here, monkeypatch):
 def test_a_command_that_means_another_run(work, here):
     words = ['--epochs', 1, '--batch-size', 128, '--out', 'runs/digits', '--resume', '--seed', 3]
     only_sentence(here(work, 'revvit_train', *words), 'state-1.pth belongs to another run: its --seed is 0, here it is 3')
+
+# Folders, patterns, lists and standard input; tests of more than one number
+
+@pytest.fixture(scope='module')
+def album(zoo):
+    "Seven pictures of several shapes and kinds in folders, with other things among them"
+    path,rng = zoo/'album',np.random.default_rng(0)
+    (path/'more'/'deep').mkdir(parents=True)
+    names = ['a.png','b.JPG','c d.bmp','more/e.png','more/deep/f.gif','more/deep/g[1].png','more/h.webp']
+    for i,o in enumerate(names): Image.fromarray(rng.integers(0, 255, (40+i,60-5*i,3), np.uint8)).save(path/o)
+    (path/'notes.txt').write_text('no picture')
+    (path/'.hidden.png').write_bytes(b'')
+    (path/'__MACOSX').mkdir()
+    (zoo/'list.txt').write_text('\ufeffalbum/a.png\n\n  album/more/deep  \nalbum/*.JPG\n', encoding='utf8')
+    (zoo/'@at.png').write_bytes((path/'a.png').read_bytes())
+    return [f'album/{o}' for o in names]
+
+def answered(r): return [o.rpartition(': ')[0] for o in r.stdout.splitlines()]
+
+@pytest.mark.parametrize('words,which,notes', [(['album'], 'abcehfg', 1), (['album/'], 'abcehfg', 1), (['album/*.png','album/b.JPG'], 'ab', 0),
+    (['album/**/*.png'], 'age', 0), (['album/more/deep/g[[]1].png'], 'g', 0), (['album/more/deep/g[1].png'], 'g', 0), (['@list.txt'], 'afgb', 0),
+    (['album/more','album/a.png','album/a.png'], 'ehfgaa', 0), (['@at.png'], '@', 0)], ids=str)
+def test_what_words_mean(words, which, notes, album, zoo, here):
+    "Files in the order of the words, in folders sorted; other files of a folder are counted in one line, which is no fault"
+    r = here(zoo, 'revvit_predict', *words, '--weights', 'vit.pth')
+    assert (r.returncode, [o.rpartition('/')[2][0] for o in answered(r)]) == (0, list(which)), r.stderr
+    assert r.stderr.count('\n') == notes and (not notes or 'album: 3 files are left out' in r.stderr and '1 .txt' in r.stderr), r.stderr
+
+@pytest.mark.parametrize('word,said', [('empty', 'empty: a folder with no file in it'), ('texts', 'texts: 1 file is left out'),
+    ('gone*.png', 'gone*.png: no file fits this pattern'), ('@gone.txt', 'gone.txt: No such file'), ('@noise.png', 'noise.png: not a text file'),
+    ('@blank.txt', 'blank.txt: no names in it'), ('gone.png', 'gone.png: no such image file'), ('https://x.org/?.png', 'addresses are not read')])
+def test_words_that_mean_nothing(word, said, album, zoo, here):
+    "A sentence and exit code 2; the picture beside it has its answer"
+    for o in ('empty', 'texts'): (zoo/o).mkdir(exist_ok=True)
+    (zoo/'texts'/'a.txt').write_text('x')
+    (zoo/'blank.txt').write_text('\n \n')
+    r = here(zoo, 'revvit_predict', word, 'noise.png', '--weights', 'vit.pth')
+    only_sentence(r, said)
+    assert r.stdout.startswith('noise.png: ') and r.stdout.count('\n') == 1
+
+@pytest.mark.parametrize('args', ['--batch-size 1', '--batch-size 2', '--batch-size 3 --workers 2', '--batch-size 100', '--workers 1', ''])
+def test_batches_change_no_answer(args, album, zoo, tmp_path, here):
+    "In the order of the words, equal to those one by one; a bad file in the middle costs a sentence"
+    (zoo/'bad.png').write_bytes(b'no image')
+    words = [*album[:3], 'bad.png', *album[3:]]
+    r = here(zoo, 'revvit_predict', *words, '--weights', 'vit.pth', '--json', '--features', tmp_path/'f.npz', *args.split())
+    only_sentence(r, 'bad.png: not an image')
+    got = json.loads(r.stdout)
+    assert [o['file'] for o in got] == album
+    with np.load(tmp_path/'f.npz') as z:
+        for o in got:
+            probs,feat = scores_of_picture(zoo/o['file'], zoo/'vit.pth')
+            torch.testing.assert_close(torch.tensor(o['pred_scores']), probs, rtol=0, atol=1e-5)
+            torch.testing.assert_close(torch.from_numpy(z[o['file']]), feat, rtol=0, atol=1e-4)
+
+def scores_of_picture(path, weights):
+    m = load_model(weights).eval()
+    with torch.no_grad():
+        x = ImageTransform(revvit.input_settings(m))(path)[None]
+        return m(x)[0].softmax(0),m.forward_head(m.forward_features(x), pre_logits=True)[0]
+
+@pytest.mark.parametrize('top', [1, 2, 3, 9])
+def test_top_in_the_json(top, zoo, here):
+    "By name, the most probable first, and not more than there are"
+    (o,) = json.loads(here(zoo, 'revvit_predict', 'noise.png', '--weights', 'vit.pth', '--json', '--top', top).stdout)
+    assert [a['pred_score'] for a in o['top']] == sorted(o['pred_scores'], reverse=True)[:top]
+    assert all(a['pred_class'] == narrow['vit'][2][a['pred_label']] and a['pred_score'] == o['pred_scores'][a['pred_label']] for a in o['top'])
+    assert len(o['pred_scores']) == 3 and o['top'][0] == {k: o[k] for k in ('pred_label','pred_score','pred_class')}
+
+@pytest.mark.parametrize('kind,file', [('vit','noise.png'), ('clip','good.mp4')])
+def test_standard_input(kind, file, zoo):
+    "A picture or a video from a pipe, without a name; the answer is that of the file"
+    words,data = ['--weights', f'{kind}.pth', '--views', '1', '--json'],(zoo/file).read_bytes()
+    want = json.loads(run(zoo, 'revvit_predict', file, *words).stdout)[0]
+    r = subprocess.run([script('revvit_predict'), '-', 'gone.png', *words], cwd=zoo, env=env, input=data, capture_output=True, timeout=300)
+    (got,) = json.loads(r.stdout)
+    assert r.returncode == 2 and r.stderr.decode().startswith('revvit_predict: gone.png: ') and got['file'] == '-'
+    assert {k: v for k,v in got.items() if k != 'file'} == {k: v for k,v in want.items() if k != 'file'}
+    r = subprocess.run([script('revvit_predict'), '-', *words], cwd=zoo, env=env, input=b'nothing good', capture_output=True, text=False, timeout=300)
+    assert r.returncode == 2 and r.stderr.decode().startswith('revvit_predict: -: ') and r.stderr.count(b'\n') == 1
+
+def test_standard_input_is_one_file(zoo, here):
+    only_sentence(here(zoo, 'revvit_predict', '-', '-', '--weights', 'vit.pth'), 'standard input is one file, and is named once')
+
+@pytest.fixture(scope='module')
+def three(zoo):
+    "Nine pictures in three class folders, one of them spoilt"
+    rng = np.random.default_rng(1)
+    for c,o in enumerate(narrow['vit'][2]):
+        (zoo/'three'/o).mkdir(parents=True)
+        for i in range(3): Image.fromarray(rng.integers(0, 255, (40,70+c,3), np.uint8)).save(zoo/'three'/o/f'{i}.png')
+    (zoo/'three'/'bee'/'1.png').write_bytes(b'no image')
+    return zoo
+
+def asked(zoo, file, crops=1):
+    return revvit.inference_model(None, zoo/file, weights=zoo/'vit.pth', device='cpu', crops=crops)
+
+@pytest.mark.parametrize('words', ['--batch-size 1', '--batch-size 4 --workers 2', '--crops 3', '--crops 5 --batch-size 2'])
+def test_every_number_of_a_test(words, three, tmp_path, here):
+    "Counts, classes, matrix and table agree with asking for each file alone, whatever the batches"
+    args = ['--data', 'three', '--weights', 'vit.pth', '--on-bad', 'skip', '--workers', 0, *words.split()]
+    files = dict(confusion=tmp_path/'m.csv', predictions=tmp_path/'p.csv')
+    r = here(three, 'revvit_test', *args, '--json', '--per-class', '--confusion', files['confusion'], '--predictions', files['predictions'])
+    assert r.returncode == 0 and r.stderr.startswith('revvit_test: 1 of 9 files cannot be read and are not counted: three/bee/1.png: ') and r.stderr.count('\n') == 1
+    res,names = json.loads(r.stdout),narrow['vit'][2]
+    rows = list(csv.DictReader(files['predictions'].open()))
+    crops = int(words.split('--crops ')[1][0]) if 'crops' in words else 1
+    assert [o['file'] for o in rows] == [f'three/{c}/{i}.png' for c in names for i in range(3) if (c,i) != ('bee',1)]
+    for o in rows:
+        one = asked(three, o['file'], crops)
+        assert (o['label'], o['predicted']) == (o['file'].split('/')[1], one['pred_class']) and abs(float(o['probability'])-one['pred_score']) < 1e-5
+    right = [o['label'] == o['predicted'] for o in rows]
+    assert (res['n'], res['skipped'], res['top1']) == (8, 1, sum(right)/8)
+    for o in res['classes']:
+        mine = [a == b for a,b in ((x['label'], x['predicted']) for x in rows) if a == o['class']]
+        assert (o['n'], o['top1']) == (len(mine), sum(mine)/len(mine)) and names[o['label']] == o['class']
+    m = list(csv.reader(files['confusion'].open()))
+    assert m[0] == ['label',*names] and [o[0] for o in m[1:]] == names
+    assert [[int(v) for v in o[1:]] for o in m[1:]] == [[sum((x['label'], x['predicted']) == (a,b) for x in rows) for b in names] for a in names]
+
+def test_a_picture_of_the_matrix(three, tmp_path, here):
+    r = here(three, 'revvit_test', '--data', 'three', '--weights', 'vit.pth', '--on-bad', 'skip', '--per-class', '--workers', 0, '--confusion', tmp_path/'m.png')
+    assert r.returncode == 0 and min(Image.open(tmp_path/'m.png').size) > 300
+    assert [o.split(': ')[0] for o in r.stdout.splitlines()[1:]] == narrow['vit'][2] and r.stdout.splitlines()[0].endswith('8 files in three, 1 left out')
+
+@pytest.mark.parametrize('words,said', [('--confusion m.txt', 'm.txt: the name must end in .png or .csv'), ('--predictions p.png', 'p.png: the name must end in .csv'),
+    ('--predictions gone/p.csv', 'there is no folder gone'), ('--confusion noise.png', 'noise.png: there is such a file already'), ('--on-bad drop', '--on-bad must be raise or skip'),
+    ('--crops 2', '--crops must be 1 (the middle), 3'), ('--on-bad raise --predictions p.csv', 'three/bee/1.png: not an image'), ('--crops x', 'invalid int value')])
+def test_tests_that_cannot_be(words, said, three, here):
+    "One sentence, no number, and nothing is written"
+    before = sorted(o.name for o in three.iterdir())
+    r = here(three, 'revvit_test', '--data', 'three', '--weights', 'vit.pth', '--workers', 0, *words.split())
+    only_sentence(r, said)
+    assert r.stdout == '' and sorted(o.name for o in three.iterdir()) == before
+
+def test_no_file_can_be_read(zoo, here):
+    for o in narrow['vit'][2]:
+        (zoo/'spoilt'/o).mkdir(parents=True)
+        (zoo/'spoilt'/o/'a.png').write_bytes(b'no image')
+    only_sentence(here(zoo, 'revvit_test', '--data', 'spoilt', '--weights', 'vit.pth', '--on-bad', 'skip', '--workers', 0), 'none of the 3 files can be read: spoilt/ant/a.png: ')
+
+def test_other_files_in_a_test_folder(three, here):
+    "Counted in a sentence, as for predictions, and no line of Python"
+    (three/'three'/'ant'/'notes.txt').write_text('x')
+    r = here(three, 'revvit_test', '--data', 'three', '--weights', 'vit.pth', '--on-bad', 'skip', '--workers', 0)
+    (three/'three'/'ant'/'notes.txt').unlink()
+    assert r.returncode == 0 and r.stderr.startswith('revvit_test: three: 1 file is left out, ') and r.stderr.count('\n') == 2
+
+@pytest.mark.parametrize('views,crops', [(1,3), (2,3), (2,5)])
+def test_views_and_crops_of_a_video(views, crops, zoo, tmp_path, here):
+    "SlowFast's views times crops: the loss is that of the mean of their probabilities, by both commands"
+    from revvit.data.views import ClipCrops
+    m = load_model(zoo/'clip.pth').eval()
+    x = ClipCrops(revvit.input_settings(m), views, crops)(zoo/'good.mp4')
+    with torch.no_grad(): want = m(x).softmax(1).mean(0)
+    assert len(x) == views*crops
+    (tmp_path/'val.csv').write_text(f"{zoo/'good.mp4'} 1\n")
+    words = ['--weights', zoo/'clip.pth', '--views', views, '--crops', crops, '--json', '--workers', 0]
+    (o,) = json.loads(here(zoo, 'revvit_predict', 'good.mp4', *words).stdout)
+    torch.testing.assert_close(torch.tensor(o['pred_scores']), want, rtol=0, atol=1e-5)
+    assert math.isclose(json.loads(here(zoo, 'revvit_test', '--data', tmp_path, *words).stdout)['loss'], -want[1].log().item(), rel_tol=1e-4)
