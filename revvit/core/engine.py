@@ -132,16 +132,15 @@ class Tape:
         fresh:list|None=None, # For weights that have no gradient yet; one list for all runs of a call
         params:list|None=None, # For all weights; likewise
         last:bool=True, # Whether its backward pass is the first of the call's
-        blocks:int=1, # How many there are in the run
     ):
         self.fresh,self.params = ([] if o is None else o for o in (fresh,params))
-        self.name,self.exact,self.amp,self.last,self.blocks = name,exact,amp,last,blocks
+        self.name,self.exact,self.amp,self.last = name,exact,amp,last
         self.hooked,self.y1,self.y2,self.task,self.start = saving_is_hooked(),None,None,None,None
 
     def begin(self, x1, x2):
         "Note what the streams are where the way back will end"
         if self.start is not None: return
-        self.start = start_of((x1,x2), f'the backward pass through {self.name}', self.exact, self.amp, self.blocks)
+        self.start = start_of((x1,x2), f'the backward pass through {self.name}', self.exact, self.amp)
 
     def finish(self):
         "Compare what came back with what there was"

@@ -72,19 +72,17 @@ class Start:
         name:str, # What messages call that which is repeated
         exact:bool=False, # Whether the same bits must come back
         amp:torch.dtype|None=None, # Type of autocast
-        blocks:int=1, # How many are repeated, one on the other's result
     ):
         self.name,self.exact,self.was = name,exact,[_numbers(x, exact) for x in xs]
         dtype = torch.promote_types(xs[0].dtype, torch.float32)
         self.norm = partial(torch.linalg.vector_norm, dim=1, dtype=dtype)
         self.sizes = [] if exact else [self.norm(x.detach().reshape(len(x), -1)) for x in xs]
         eps = max(torch.finfo(t).eps for t in (xs[0].dtype, amp or xs[0].dtype))
-        self.share = min(1., max(blocks, 4)/48) if eps<1e-6 else 1.
-        self.limit = eps**.5*self.share
+        self.limit = eps**.5   # half of the digits
 
     def reach(self, ys):
-        "Measure images that began as zero by what they became; a norm makes much of so little, however short the run"
-        ends = [self.norm(y.detach().reshape(len(y), -1))/self.share for y in ys]
+        "Measure images that began as zero by what they became"
+        ends = [self.norm(y.detach().reshape(len(y), -1)) for y in ys]
         self.sizes = [torch.where(s>0, s, e) for s,e in zip(self.sizes, ends)]
 
     def errors(self, xs, rows=slice(None)):

@@ -89,7 +89,7 @@ def _reverse(self:ReversibleSequence, x1, x2, tail, exact):
     for k,(why,blocks) in enumerate(runs):
         if why is None:
             name = _span(blocks) + (f' of {self.name}' if self.name else '')
-            tape = Tape(name, exact and bool(blocks), amp, fresh, params, k>=last-1, len(blocks))
+            tape = Tape(name, exact and bool(blocks), amp, fresh, params, k>=last-1)
             out = self._rebuilt(blocks, *out, tail if k==last else None, tape, range(n-plan.x2, n))
         elif why is _KEPT: out = self._run_plainly(blocks, *out, exact)
         else:
