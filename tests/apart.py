@@ -12,7 +12,7 @@ from torch.nn import functional as F
 # ---------------------------------------------------------------- the networks
 
 class Block(nn.Module):
-    "Equations 1 and 2 of the paper; `keep` says which images go through F and through G, None all"
+    "Equations 1 and 2 of the paper; `keep` says which images go through F and through G, None all. They are scaled by the rate of the block, whatever the batch"
     keep = None
     def part(self, m, x, i):
         if self.keep is None: return m(x)

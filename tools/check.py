@@ -25,7 +25,9 @@ with tempfile.TemporaryDirectory() as tmp:
     after = contents(Path(tmp))
     os.chdir(root)
 differ = sorted(o for o in before.keys() | after.keys() if before.get(o) != after.get(o))
-if not differ: sys.exit(0)
+if not differ:
+    print('notebooks and modules agree')
+    sys.exit()
 orphans = [o for o in differ if o not in after]
 sys.exit(f"notebooks and modules disagree: {', '.join(differ)}; run nbdev_export and nbdev_clean"
          + (f", and remove what no notebook makes: {', '.join(orphans)}" if orphans else ''))

@@ -56,6 +56,11 @@ def survivors(self:ReversibleBlock,
         rows = [(o.pin_memory() if x.is_cuda else o).to(x.device, non_blocking=True) for o in rows]
     return rows[0],rows[-1]
 
+@patch
+def scale(self:ReversibleBlock)->float:
+    "What the result for a survivor is multiplied by"
+    return 1/(1-self.drop_path) if self.training else 1.
+
 # %% ../../nbs/core/06_block.ipynb #c52c7667
 @patch
 def calls(self:ReversibleBlock,
@@ -64,7 +69,7 @@ def calls(self:ReversibleBlock,
     chunk:int, # Images at a time
 )->tuple: # Two `Call`s
     "`f` and `g` as calls on images like `x`, with drop path drawn"
-    scale,(a,b) = 1/(1-self.drop_path) if self.training else 1.,self.survivors(x)
+    scale,(a,b) = self.scale(),self.survivors(x)
     f = make_call(self.f, f'f of block {i}', x, chunk, a, scale)
     return f,make_call(self.g, f'g of block {i}', x, chunk, b, scale)
 
@@ -191,7 +196,7 @@ def forward(self:ReversibleBlock,
     if _alone(self, (x1,x2)):
         why = 'it is called by itself (give it to a ReversibleSequence)'
         return _say_stored(self, self.forward, 'a ReversibleBlock', why, x1, x2, chunk, exact)
-    rows,scale = self.survivors(x1),1/(1-self.drop_path)
+    rows,scale = self.survivors(x1),self.scale()
     return couple(x1, x2, *(_StoredHalf(m, o, scale, chunk, exact) for m,o in zip((self.f,self.g), rows)))
 
 @patch
