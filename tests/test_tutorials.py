@@ -100,3 +100,25 @@ for i,cell in enumerate({cells(path, 'code')!r}):
 '''
     ran = run(code, tmp_path)
     assert ran.returncode == 0, ran.stderr[-2000:]
+
+# ---------------------------------------------------------------- what the tables promise
+
+def test_what_the_tables_name_is_there():
+    "Each flag, recipe field and function on our side of the tables for people who come from elsewhere; no option of theirs stands twice"
+    from dataclasses import fields
+    import revvit
+    from revvit.training.recipes import Recipe
+    from revvit.use import cli
+    from revvit.use.command import flags_parser
+    flags = {o for c in ('revvit_train','revvit_predict','revvit_test') for a in flags_parser(getattr(cli, c).__wrapped__)._actions for o in a.option_strings}
+    tables = [o for src in cells(root/'nbs/tutorials/from_slowfast.ipynb', 'markdown') for o in re.split(r'\n\n', src) if re.match(r'\|.*\| here \|\n', o)]
+    assert len(tables) == 3
+    for t in tables:
+        theirs,ours = zip(*(re.fullmatch(r'\| (.*?) \| (.*) \|', o).groups() for o in t.splitlines()[2:]))
+        named = ' '.join(ours)
+        assert not {*re.findall(r'(?<![\w-])--[a-z][a-z-]*', named)} - flags
+        assert not {*re.findall(r'Recipe\.(\w+)', named)} - {o.name for o in fields(Recipe)}
+        for o in re.findall(r'revvit\.(\w+)', named): assert callable(getattr(revvit, o)), o
+        options = [o for row in theirs for o in re.findall(r'`(--?[a-z][\w-]*)', row)]
+        assert len(options) == len({*options})
+        assert all(not o.startswith('none') or ':' in o or ' by ' in o for o in ours), [o for o in ours if o.startswith('none')]

@@ -18,7 +18,7 @@ from .runs import newest_checkpoint
 
 # %% ../../nbs/use/47_predict.ipynb #a5a275c3
 class WhichModel(FlagGroup):
-    "model"
+    "Model"
     def __init__(self,
         # File of weights, ours or published; by default the checkpoint written last under runs/, or the published
         # weights of --model
@@ -28,7 +28,7 @@ class WhichModel(FlagGroup):
     ): store_attr()
 
 class Looking(FlagGroup):
-    "looking at files"
+    "Looking at files"
     def __init__(self,
         views:int=5, # Clips of a video, spread over its length, whose probabilities are averaged
         # Parts of each clip or image whose probabilities are averaged: 1, the middle; 3, both ends of the longer side
@@ -78,7 +78,7 @@ def _in_percent(o): return f"{o['pred_class']} ({100*o['pred_score']:.1f} %)"
 
 # %% ../../nbs/use/47_predict.ipynb #ff27fac3
 class Answers(FlagGroup):
-    "saying"
+    "Saying"
     def __init__(self,
         top:int=5, # Classes to name for each file, the most probable first
         features:Path|None=None, # NumPy archive (.npz) to write, with the pooled features of each file under its name
@@ -132,7 +132,7 @@ def _spoken(name):
     _say(*dict.fromkeys(str(o.message) for o in said if issubclass(o.category, UserWarning)), name=name)
 
 class TestData(FlagGroup):
-    "data"
+    "Data"
     def __init__(self,
         # Folder with one folder of images or videos per class, or one with such a folder val; for videos also a list
         # with a line "path label" for each, or a folder with the list val.csv
@@ -142,7 +142,7 @@ class TestData(FlagGroup):
     ): store_attr()
 
 class Report(FlagGroup):
-    "saying"
+    "Saying"
     def __init__(self,
         per_class:bool=False, # Print the accuracy of each class too
         confusion:Path|None=None, # File to write (.png or .csv): how many files of each class were taken for which
