@@ -1,19 +1,22 @@
 "Callbacks one by one: what they draw, mix, average, stop and log, in all their cases"
-import io, math, os, random, sys
+import csv, io, itertools, math, os, random, sys
 from contextlib import ExitStack, redirect_stdout
 from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np, pytest, torch
-from fastai.vision.all import AvgSmoothLoss, Callback, CSVLogger, Learner, MixedPrecision, OptimWrapper, set_seed
+from fastai.vision.all import AvgSmoothLoss, Callback, CSVLogger, Learner, MixedPrecision, OptimWrapper, accuracy, set_seed
 from torch import nn
 from torch.testing import assert_close
+from revvit.core.memory import saved_bytes
 from revvit.data.digits import digits_dls
 from revvit.models.vit import RevViT
 from revvit.training import callbacks
 from revvit.training.callbacks import MixBatches, MixLoss, NonFiniteError, SeedRun, StopOnNonFinite
-from revvit.training.logs import PlainLog, RunLog
+from revvit.training.logs import RunLog, SaveBest, ValidateEvery
+from revvit.training import progress
+from revvit.training.progress import PlainLog, board, check_board, step_memory
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -141,7 +144,7 @@ class Spoil(Callback):
 def test_a_bad_step_is_named_at_once(dls, where, said, clip):
     learn = made(dls, Spoil(where), StopOnNonFinite(clip))
     with pytest.raises(NonFiniteError) as e: quiet(learn, 'fit', 1)
-    want = f'step 3 (epoch 0): {said} is not finite; stopped before the optimizer step, the weights are those of step 2'
+    want = f'step 3 (epoch 1): {said} is not finite; stopped before the optimizer step, the weights are those of step 2'
     assert (str(e.value), learn.train_iter) == (want, 2)
     assert where == 'parameter' or learn.spoil.unchanged()
     assert all(p.grad is None or not p.grad.any() for p in learn.model.parameters())
@@ -167,7 +170,7 @@ def test_what_a_scaler_skips_stops_nothing(dls):
 
 def test_what_is_sent_is_sent():
     t = torch.tensor([1.,2.])
-    later = callbacks._Later(t)
+    later = callbacks.Later(t)
     t += 1
     assert later.there() and later.read().tolist() == [1.,2.]
 
@@ -193,25 +196,166 @@ def test_the_log_outlives_a_validation(dls, tmp_path):
     fit,validate,*_ = history(dls, CSVLogger(), tmp_path)
     assert fit.splitlines()[1] not in validate
     fit,validate,preds,again = history(dls, RunLog(), tmp_path)
-    assert [o.split(',')[0] for o in fit.splitlines()] == ['epoch','0','1']
+    assert [o.split(',')[0] for o in fit.splitlines()] == ['epoch','1','2']
     assert fit == validate == preds and len(again.splitlines()) == 2
     assert [o.name for o in tmp_path.iterdir()] == ['history.csv']
 
-def plain_lines(dls, every, *silent):
+def plain_lines(dls, *args, silent=(), epochs=2, **kw):
     with redirect_stdout(io.StringIO()) as said, ExitStack() as stack:
-        learn = made(dls, PlainLog(every))
+        learn = made(dls, PlainLog(*args, **kw))
         for o in silent: stack.enter_context(getattr(learn, o)())
-        learn.fit(2)
+        learn.fit(epochs)
         learn.validate(), learn.get_preds()
     return said.getvalue().splitlines()
 
-def test_plain_lines(dls):
-    "A line every five of eleven steps and one an epoch, with the time left but at the end; nothing is redrawn"
-    lines = plain_lines(dls, 5)
-    steps = [[f'epoch {i}, step {s} of 22' for s in ss]+[f'epoch {i}, train'] for i,ss in enumerate(((5,10),(15,20)))]
-    assert [o.split(':')[0].partition('_loss')[0] for o in lines] == steps[0]+steps[1]
-    assert all(o.isprintable() for o in lines) and 'left' not in lines[-1]
-    assert all('images/s' in o and ' left' in o for o in lines if 'step' in o)
+def heads(lines): return [o.split(':')[0] for o in lines]
+def steps(*ks, epoch): return [f'epoch {epoch} of 2, step {k} of 11' for k in ks]+[f'epoch {epoch} of 2']
 
-@pytest.mark.parametrize('args,n', [((11,), 2), ((5,'no_logging'), 4), ((5,'no_bar','no_logging'), 0)], ids=str)
-def test_fewer_lines(dls, args, n): assert len(plain_lines(dls, *args)) == n
+def test_plain_lines(dls):
+    "A line every five of eleven steps, for the first and the last, and one an epoch, with the time left but at the end"
+    lines = plain_lines(dls, 5)
+    assert heads(lines) == steps(1,5,10,11, epoch=1)+steps(1,5,10,11, epoch=2)
+    assert all(o.isprintable() for o in lines) and 'left' not in lines[-1] and all('left' in o for o in lines[:5])
+    assert all('images/s' in o and 'accuracy' in o and 'lr 0.' in o for o in lines if 'step' in o)
+
+@pytest.mark.parametrize('args,silent,n', [((11,), (), 6), ((5,), ('no_logging',), 8), ((5,), ('no_bar','no_logging'), 0)], ids=str)
+def test_fewer_lines(dls, args, silent, n): assert len(plain_lines(dls, *args, silent=silent)) == n
+
+def clock(monkeypatch, tick):
+    "Each look at the clock is `tick` seconds after the one before"
+    now = itertools.count(0, tick)
+    monkeypatch.setattr(progress, 'perf_counter', lambda: next(now))
+
+@pytest.mark.parametrize('tick,first,then', [(1e-9, [1], []), (1e9, list(range(1,12)), list(range(1,12)))], ids=['short','long'])
+def test_lines_by_time(dls, monkeypatch, tick, first, then):
+    "Of a run of no time the first step and the epochs; of one without end each step"
+    clock(monkeypatch, tick)
+    assert heads(plain_lines(dls)) == steps(*first, epoch=1)+steps(*then, epoch=2)
+
+def test_first_and_last_step_of_long_epochs(dls, monkeypatch):
+    "They have their line although those before are not ten seconds old"
+    clock(monkeypatch, 1.)
+    said = heads(plain_lines(dls))
+    assert {*steps(1,11, epoch=1), *steps(1,11, epoch=2)} <= {*said} and len(said) < 22
+
+@pytest.mark.parametrize('rate', [.5, 5, 50])
+def test_an_hour_of_lines_is_short(monkeypatch, rate):
+    "Under 100 kB, however many lines a second are due; the last one is always written"
+    seconds = [0]
+    monkeypatch.setattr(progress, 'perf_counter', lambda: seconds[0])
+    log,line = PlainLog(),'x'*150
+    log.start,log.written = 0,0
+    with redirect_stdout(io.StringIO()) as said:
+        for i in range(int(3600*rate)):
+            seconds[0] = i/rate
+            log._print(line)
+        log._print('the end', must=True)
+    assert 80_000 < len(said.getvalue()) < 100_000 and said.getvalue().endswith('the end\n')
+
+@pytest.mark.parametrize('pred,y,n', [([[1.,0],[0,1]], [0,0], 1), ([[1.,0],[0,1]], [[.9,.1],[.2,.8]], 2),
+    ([[1.,0],[0,1]], [.5,.5], None), ([1.,0], [1,0], None)], ids=['classes','mixed','numbers','no classes'])
+def test_right_answers(pred, y, n):
+    got = progress._right(torch.tensor(pred), torch.tensor(y))
+    assert got is None if n is None else got == n
+
+def small_net(depth=2):
+    return RevViT(img_size=16, patch_size=4, in_chans=1, num_classes=10, embed_dim=16, num_heads=2, depth=depth, drop_path_rate=.2)
+
+@pytest.mark.parametrize('b', [1,2,7])
+def test_memory_is_that_of_the_batch(b):
+    "Reckoned from one and two items; nothing random is drawn, and modes stay as they were"
+    m,x,state = small_net(),torch.rand(b,1,16,16),torch.get_rng_state()
+    m.train().blocks.set_reversible(True, keep=.5, exact=True)
+    m.head.eval()
+    got = step_memory(m, x)
+    b = m.blocks
+    assert (m.training, m.head.training, b.reversible, b.keep, b.exact) == (True, False, True, .5, True)
+    assert torch.equal(torch.get_rng_state(), state)
+    m.eval()
+    want = saved_bytes(lambda: m(x), m, x)
+    m.set_reversible(False)
+    assert got == (want, saved_bytes(lambda: m(x), m, x)) and got[0] < got[1]
+
+def test_a_run_is_not_changed_by_being_measured(dls, tmp_path):
+    ends = []
+    for cbs in ((), (RunLog(),)):
+        set_seed(0)
+        learn = Learner(dls, small_net(), loss_func=nn.CrossEntropyLoss(), cbs=[SeedRun(0), PlainLog(), *cbs], path=tmp_path)
+        quiet(learn, 'fit', 1)
+        assert (learn.plain_log.memory is None) == (not cbs)
+        ends.append(learn.model.state_dict())
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+
+def test_columns_of_the_table(dls, tmp_path):
+    "Memory and speed beside fastai's columns; a spreadsheet finds as many cells in each row"
+    learn = Learner(dls, small_net(), loss_func=nn.CrossEntropyLoss(), metrics=accuracy, cbs=[PlainLog(), RunLog(), ValidateEvery(2)], path=tmp_path)
+    quiet(learn, 'fit', 3)
+    first,*_ = rows = list(csv.DictReader((tmp_path/'history.csv').open()))
+    assert [*first] == ['epoch','train_loss','valid_loss','accuracy','top_5','lr','kept_MB','plain_MB','peak_MB','items_per_second','time']
+    assert [o['epoch'] for o in rows] == ['1','2','3'] and [bool(o['accuracy']) for o in rows] == [False,True,True]
+    assert all(float(o['plain_MB']) > 2*float(o['kept_MB']) and float(o['items_per_second']) > 0 and not o['peak_MB'] for o in rows)
+
+@pytest.mark.parametrize('accuracies,saved', [((.1,.3,.2,.3,.4), (0,1,4)), ((None,.2,None,.1,.2), (1,))], ids=str)
+def test_the_best_epoch(accuracies, saved, tmp_path, monkeypatch):
+    "Higher than all before; where epochs are not validated, of those that are"
+    cb,at = SaveBest(tmp_path/'best.pth'),[]
+    monkeypatch.setattr('revvit.training.logs.save_checkpoint', lambda *a, **kw: at.append(len(rec.values)-1))
+    rec = SimpleNamespace(metric_names=['epoch','train_loss','valid_loss','accuracy','time'], values=[])
+    cb.learn = SimpleNamespace(recorder=rec, model=None)
+    for o in accuracies:
+        rec.values.append([1.,1.,o])
+        cb.trained = True
+        cb.after_epoch()
+    assert tuple(at) == saved
+
+@pytest.mark.parametrize('n,epochs,validated', [(1,3,[0,1,2]), (2,5,[1,3,4]), (9,3,[2])])
+def test_validate_every(dls, n, epochs, validated):
+    learn = made(dls, ValidateEvery(n))
+    quiet(learn, 'fit', epochs)
+    assert [i for i,o in enumerate(learn.recorder.values) if o[1] is not None] == validated
+    with learn.no_bar(), learn.no_logging(): assert learn.validate()[0] > 0
+
+@pytest.mark.parametrize('classes,n', [(7, 2), (2, 3)])
+def test_among_the_five_likeliest(classes, n):
+    "Of fewer classes each is"
+    assert progress._right(torch.arange(7.)[:classes].repeat(3,1), torch.tensor([6,2,1])%classes, 5) == n
+
+def test_top_5_of_an_epoch(dls, tmp_path):
+    "As counted afterwards, over all batches"
+    learn = Learner(dls, small_net(), loss_func=nn.CrossEntropyLoss(), cbs=PlainLog(), path=tmp_path)
+    quiet(learn, 'fit', 1)
+    said = learn.plain_log.columns()['top_5']
+    z,y = learn.get_preds()
+    assert said == f'{(z.topk(5)[1]==y[:,None]).any(1).float().mean().item():.4g}'
+
+def test_boards_hear_steps_and_epochs(dls):
+    heard,log = [],PlainLog(5)
+    log.sinks.append(lambda numbers,step: heard.append((step, {*numbers})))
+    quiet(made(dls, log), 'fit', 1)
+    step = {f'train/{o}' for o in ('loss','accuracy','lr','items_per_second','epoch')}
+    assert heard == [(k, step) for k in (1,5,10,11)]+[(11, {'epoch/train_loss','epoch/valid_loss','epoch/top_5'})]
+
+@pytest.mark.parametrize('name', ['tensorboard','wandb'])
+def test_a_board_that_is_not_there(name, monkeypatch):
+    monkeypatch.setattr(progress, 'find_spec', lambda name: None)
+    with pytest.raises(ValueError, match=f'--{name} needs a package that is not installed: pip install {name}'): check_board(name)
+
+class Written(list):
+    "What a board was told, in place of the board"
+    def __init__(self, *args, **kwargs): self.made = args,kwargs
+    def add_scalar(self, k, v, step): self.append((k, v, step))
+    def log(self, numbers, step): self.append((numbers, step))
+    def flush(self): pass
+
+def test_what_boards_are_told(monkeypatch, tmp_path):
+    made = []
+    def make(*args, **kwargs):
+        made.append(Written(*args, **kwargs))
+        return made[-1]
+    monkeypatch.setattr(progress, 'find_spec', lambda name: True)
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', SimpleNamespace(SummaryWriter=make))
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=make))
+    for o in ('tensorboard','wandb'): board(o, tmp_path, dict(lr=1))(dict(a=.5, b=2), 3)
+    assert made[0] == [('a', .5, 3), ('b', 2, 3)] and made[0].made == ((str(tmp_path/'tensorboard'),), {})
+    assert made[1] == [(dict(a=.5, b=2), 3)]
+    assert made[1].made == ((), dict(project='revvit', name=tmp_path.name, dir=str(tmp_path), config=dict(lr=1)))

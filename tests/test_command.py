@@ -148,11 +148,13 @@ def counts(
     batch_size:int|None=None, # D
     threads:int|None=None, # E
     save_steps:int|None=None, # F
+    log_every:int|None=None, # I
+    validate_every:int|None=None, # J
     workers:int|None=None, # G
     weights:Path|None=None, # H
 ): "Take numbers"
 
-@pytest.mark.parametrize('flag', ['top', 'views', 'chunk', 'batch-size', 'threads', 'save-steps'])
+@pytest.mark.parametrize('flag', ['top', 'views', 'chunk', 'batch-size', 'threads', 'save-steps', 'log-every', 'validate-every'])
 def test_at_least_one(flag, capsys):
     assert counts([f'--{flag}', '1']) == 0 and counts([f'--{flag}', '0']) == 2
     assert capsys.readouterr().err == f'counts: --{flag} must be 1 or more, got 0\n'

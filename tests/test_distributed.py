@@ -229,7 +229,7 @@ def test_R26_a_nan_in_one_process_stops_all(tmp_path):
     "With its own sentence, a failing exit status, the states from before, and no process left"
     code,err,left = torchrun('poison', tmp_path, seconds=120)
     assert code and not left
-    assert 'step 3 (epoch 0): input 0' in err and 'is not finite' in err, err[-3000:]
+    assert 'step 3 (epoch 1): input 0' in err and 'is not finite' in err, err[-3000:]
     assert [o.name for o in states(tmp_path)] == ['state-0-2.pth']
 
 if __name__ == '__main__':

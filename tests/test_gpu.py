@@ -207,7 +207,7 @@ def test_learner_stops():
             if self.train_iter!=3: return
             self.before = [p.detach().clone() for p in self.model.parameters()]
             self.learn.xb = (self.xb[0].clone().index_fill_(0, torch.tensor([7], device=DEVICE), float('nan')),)
-    with learn.no_bar(), learn.no_logging(), pytest.raises(NonFiniteError, match=r'step 4 \(epoch 0\): input 0 \(items 7 of the batch\)'): learn.fit(1, cbs=(spoil := Spoil()))
+    with learn.no_bar(), learn.no_logging(), pytest.raises(NonFiniteError, match=r'step 4 \(epoch 1\): input 0 \(items 7 of the batch\)'): learn.fit(1, cbs=(spoil := Spoil()))
     assert same(list(learn.model.parameters()), spoil.before)
 
 def test_these_tests_run():

@@ -41,13 +41,13 @@ def run(out, kill=None, **kw):
     return learn
 
 def end(learn):
-    "Weights, average, optimizer, curves and log of a learner, without the times it took"
+    "Weights, average, optimizer, curves and log of a learner, without the times it took and its speed"
     state = read_checkpoint(states(learn.path)[0])
-    state['extra']['history']['rows'] = [o[:-1] for o in state['extra']['history']['rows']]
+    state['extra']['history']['rows'] = [o[:-2] for o in state['extra']['history']['rows']] # without speed and time
     r,log = learn.recorder,(learn.path/'history.csv').read_text().splitlines()
     avg = learn.weight_average
     return (state, avg.trained.state_dict(), avg.ema.module.state_dict(), learn.opt.opt.state_dict(),
-            r.lrs, list(r.losses), r.values, r.iters, [o.rsplit(',', 1)[0] for o in log])
+            r.lrs, list(r.losses), r.values, r.iters, [o.rsplit(',', 2)[0] for o in log])
 
 names = lambda folder: [o.name for o in states(folder)]
 

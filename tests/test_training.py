@@ -73,10 +73,10 @@ def same(a, b):
     return a == b
 
 def end_of(out):
-    "All that a finished run left: weights, optimizer, average, curves, rows; without the times it took"
+    "All that a finished run left: weights, optimizer, average, curves, rows; without the times it took and its speed"
     state = read_checkpoint(states(out)[0])
-    state['extra']['history']['rows'] = [o[:-1] for o in state['extra']['history']['rows']]
-    log = [o.rsplit(',', 1)[0] for o in (out/'history.csv').read_text().splitlines()]
+    state['extra']['history']['rows'] = [o[:-2] for o in state['extra']['history']['rows']] # without speed and time
+    log = [o.rsplit(',', 2)[0] for o in (out/'history.csv').read_text().splitlines()]
     return state, log, load_model(out/'checkpoint.pth').state_dict()
 
 @pytest.fixture(scope='module')

@@ -100,7 +100,7 @@ class Batches(list):
     bs,device = 4,torch.device('cuda')
     dataset = property(list)
 
-def trained(recipe, cbs=(), amp='off', bar=False):
+def trained(recipe, cbs=(), amp='off', bar=False, every=None):
     with fake_cuda() as cuda, patch.object(Learner, '_backward', backward), patch('fastai.losses.TensorBase', lambda x: x):   # a kind of tensor that a fake one cannot be
         x,y = torch.rand(4, 1, 16, 16, device='cuda'),torch.zeros(4, dtype=torch.long, device='cuda')
         dls = DataLoaders(Batches([(x,y)]*6), Batches([]))
@@ -110,6 +110,8 @@ def trained(recipe, cbs=(), amp='off', bar=False):
             if not bar: stack.enter_context(learn.no_bar())
             stack.enter_context(patch('timm.utils.model_ema.torch.Generator', lambda device, new=torch.Generator: new()))
             stack.enter_context(learn.no_logging())
+            stack.enter_context(patch('revvit.training.progress.step_memory', lambda model, x: (1,2)))   # it counts storages, which fake tensors lack
+            if every: learn.plain_log.every = every
             stack.enter_context(patch.object(Learner, '_do_epoch_validate', lambda *a, **kw: None))
             learn.fit(1, cbs=[Strict(cuda), Loose(cuda), *cbs])
         return learn,cuda
@@ -122,6 +124,11 @@ def test_a_learners_step_waits_for_nothing(recipe, bar):
     "Schedule, seeds, mixing, loss, its record, the check of the gradients, the limit, AdamW, the average and the bar"
     learn,cuda = trained(recipe, bar=bar)
     assert learn.stop_on_non_finite.late and len(learn.recorder.lrs)==6 and ('cuda','cpu') in cuda.copies
+
+def test_lines_wait_for_nothing(capsys):
+    "One for each step; they are written when their numbers have come"
+    learn,_ = trained(replace(small, mixup=.8), bar=True, every=1)
+    assert capsys.readouterr().out.count(', step ') == 6
 
 def test_a_learners_step_in_bfloat16(): assert trained(small, amp='bf16')[0].mixed_precision.amp_mode.value=='bf16'
 

@@ -6,7 +6,7 @@
 __all__ = ['set_amp', 'record_run', 'learner', 'plot_history']
 
 # %% ../../nbs/training/32_learner.ipynb #6e5ea5dc
-import warnings
+import math, warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,8 @@ from fastai.vision.all import Learner, OptimWrapper, accuracy, num_distrib, rank
 from .recipes import Recipe, recipe_model
 from revvit.training.callbacks import (LossLater, MixBatches, MixLoss, Schedule, SeedRun, StopOnNonFinite,
     WeightAverage)
-from .logs import PlainLog, RunLog, SaveCheckpoint
+from .logs import RunLog, SaveCheckpoint
+from .progress import PlainLog
 
 # %% ../../nbs/training/32_learner.ipynb #a873bed3
 class _AdamW(OptimWrapper):
@@ -109,7 +110,8 @@ def plot_history(
     if not rec.losses:
         raise ValueError("nothing to plot: fastai's recorder is empty before a fit, "
                          "and emptied by validate and get_preds")
-    vals = dict(zip(rec.metric_names[1:-1], zip(*rec.values)))   # without epoch and time
+    rows = [[math.nan if o is None else o for o in row] for row in rec.values]   # not each epoch is validated
+    vals = dict(zip(rec.metric_names[1:-1], zip(*rows)))   # without epoch and time
     a,b = fig.subplots(1,2)
     a.plot(range(1, len(rec.losses)+1), [*map(float, rec.losses)], label='training (running mean)')
     a.plot(rec.iters, vals['valid_loss'], 'o-', ms=3, label='held out')

@@ -153,7 +153,7 @@ def before_fit(self:KeepState):
 def before_epoch(self:KeepState):
     self.skipped = self.pending is not None and not self._stands_aside() and self.epoch<self.pending['epoch']
     if not self.skipped: return
-    self.recorder.log = L([self.epoch, *self.pending['history']['values'][self.epoch]])
+    self.recorder.log = L([self.recorder.log[0], *self.pending['history']['values'][self.epoch]])
     raise CancelEpochException()
 
 @patch

@@ -117,7 +117,7 @@ def _check_words(args):
     "Refuse addresses, and numbers of which at least one is needed"
     for o in args.values():
         if isinstance(o, Path): check_local(o)
-    for k in ('top', 'views', 'chunk', 'batch_size', 'threads', 'save_steps'):
+    for k in ('top', 'views', 'chunk', 'batch_size', 'threads', 'save_steps', 'log_every', 'validate_every'):
         if args.get(k) is not None and args[k]<1: raise ValueError(f"{k} must be 1 or more, got {args[k]}")
     if (args.get('workers') or 0)<0: raise ValueError(f"workers must be 0 or more, got {args['workers']}")
 

@@ -131,19 +131,19 @@ def fit_run(
         states = any(ckpt.parent.glob('state-*.pth'))
         on = f"the same command with --resume {'goes on' if states else 'begins again'}"
         if not ckpt.exists(): return f"no epoch was finished, so there is no checkpoint; {on}"
-        return f"{ckpt} holds the model after epoch {len(learn.recorder.values)-1}, and {on}"
+        return f"{ckpt} holds the model after epoch {len(learn.recorder.values)}, and {on}"
     try: learn.fit(epochs)
     except KeyboardInterrupt:
         print()
-        raise KeyboardInterrupt(f"stopped in epoch {learn.epoch}; {left()}") from None
+        raise KeyboardInterrupt(f"stopped in epoch {learn.epoch+1}; {left()}") from None
     except (RuntimeError,MemoryError,OSError) as e:   # PyTorch notices a dead reader by a signal, anywhere in the loop
         if full := out_of_memory(e):
             print()
-            raise MemoryError(f"{full}, in epoch {getattr(learn, 'epoch', 0)} with batches of {learn.dls.train.bs}; "
+            raise MemoryError(f"{full}, in epoch {getattr(learn, 'epoch', 0)+1} with batches of {learn.dls.train.bs}; "
                               f"{left()}") from None
         if not ('a process that reads data was ended' in str(e) or 'DataLoader worker (pid' in str(e)): raise
-        raise ChildProcessError(f"stopped in epoch {learn.epoch}: a process that reads data was killed, most often for "
-                                f"want of memory; {left()}") from e
+        raise ChildProcessError(f"stopped in epoch {learn.epoch+1}: a process that reads data was killed, most often "
+                                f"for want of memory; {left()}") from e
     return time.time()-t
 
 # %% ../../nbs/use/45_runs.ipynb #d2ca001c
