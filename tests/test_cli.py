@@ -127,7 +127,7 @@ def test_json_and_several_files(work, here):
     assert len(a['pred_scores']) == 10 and abs(sum(a['pred_scores'])-1) < 1e-5 and a['pred_scores'] == b['pred_scores']
     assert a['pred_score'] == max(a['pred_scores']) == a['pred_scores'][a['pred_label']] and a['pred_class'] == str(a['pred_label'])
 
-@pytest.mark.parametrize('name,flags', [('revvit_train', 'recipe out epochs batch-size lr workers seed amp weights resume save-steps save-minutes chunk keep exact no-exact'), ('revvit_predict', 'weights model top views crops batch-size workers classes features device json version'),
+@pytest.mark.parametrize('name,flags', [('revvit_train', 'recipe data print-recipe model img-size frames freeze layer-decay backbone-lr accumulate out epochs batch-size lr workers seed amp weights resume save-steps save-minutes chunk keep exact no-exact'), ('revvit_predict', 'weights model top views crops batch-size workers classes features device json version'),
     ('revvit_test', 'data root on-bad weights model batch-size workers views crops classes device per-class confusion predictions json version'), ('revvit_bench', 'small models depths batch-sizes dtypes rivals settings memory minutes threads out device json')])
 def test_help(name, flags, capfd):
     with pytest.raises(SystemExit) as e: getattr(cli, name)(['--help'])
@@ -940,3 +940,70 @@ def test_views_and_crops_of_a_video(views, crops, zoo, tmp_path, here):
     (o,) = json.loads(here(zoo, 'revvit_predict', 'good.mp4', *words).stdout)
     torch.testing.assert_close(torch.tensor(o['pred_scores']), want, rtol=0, atol=1e-5)
     assert math.isclose(json.loads(here(zoo, 'revvit_test', '--data', tmp_path, *words).stdout)['loss'], -want[1].log().item(), rel_tol=1e-4)
+
+# ---------------------------------------------------------------- one's own images and clips
+
+@pytest.fixture
+def photos(tmp_path):
+    "Three classes of noise of three colours, an odd file among them"
+    rng = np.random.default_rng(0)
+    for c,name in enumerate(('red', 'green', 'blue')):
+        (tmp_path/'photos'/name).mkdir(parents=True)
+        for i in range(10):
+            a = rng.integers(0, 120, (40,48,3), dtype=np.uint8)
+            a[...,c] += 100
+            Image.fromarray(a).save(tmp_path/'photos'/name/f'{i}.png')
+    (tmp_path/'photos'/'red'/'notes.txt').write_text('odd')
+    return tmp_path
+
+def test_photographs_without_a_recipe(photos, here):
+    "One command: what was found, what was held out and how well it went; then longer, tested on what was held out, and begun from its own weights"
+    with pytest.warns(UserWarning, match='1 file is left out.*1 .txt'): r = here(photos, 'revvit_train', '--data', 'photos', '--out', 'run', '--epochs', 1, '--workers', 0)
+    assert r.returncode == 0
+    for o in ('photos holds 30 images: recipe fine_tune_images, from random weights', '6 of 30 images are held out', 'of 6 held-out files', 'Now try: revvit_predict photos'): assert o in r.stdout, o
+    cfg = json.loads((photos/'run/config.json').read_text(encoding='utf8'))
+    assert (cfg['recipe'], cfg['model'], cfg['batch_size'], cfg['training items']) == ('fine_tune_images', 'revvit_tiny_patch16_224', 3, 24)
+    held = (photos/'run/held-out.csv').read_text(encoding='utf8').splitlines()
+    assert len(held) == 6 and [o[-1] for o in held] == ['0','0','1','1','2','2']
+    r = here(photos, 'revvit_train', '--data', 'photos', '--out', 'run', '--epochs', 2, '--workers', 0, '--resume')
+    assert r.returncode == 0 and '1 epochs become 2' in r.stdout
+    top1 = re.search(r'top-1 [\d.]+ %', r.stdout)[0]
+    r = here(photos, 'revvit_test', '--data', 'run/held-out.csv', '--weights', 'run/checkpoint.pth', '--workers', 0)
+    assert r.returncode == 0 and r.stdout.startswith(top1) and '6 files' in r.stdout
+    line = ['--weights', 'run/checkpoint.pth', '--freeze', 'backbone', '--layer-decay', .5, '--backbone-lr', 1e-4, '--accumulate', 2, '--epochs', 1, '--workers', 0]
+    assert here(photos, 'revvit_train', '--data', 'photos', '--out', 'tuned', *line).returncode == 0
+    a,b = (load_model(photos/o/'checkpoint.pth').state_dict() for o in ('run', 'tuned'))
+    assert {k for k in a if not torch.equal(a[k], b[k])} == {'head.weight', 'head.bias'}
+
+def test_films_without_a_recipe(tmp_path, here):
+    for name in ('left', 'right'):
+        (tmp_path/'films'/name).mkdir(parents=True)
+        for i in range(4): film(tmp_path/'films'/name/f'{i}.mp4', n=12+i)
+    r = here(tmp_path, 'revvit_train', '--data', 'films', '--out', 'run', '--epochs', 1, '--workers', 0, '--img-size', 32, '--frames', 4)
+    assert r.returncode == 0 and 'films holds 8 videos: recipe fine_tune_clips' in r.stdout and 'of 2 held-out files, 5 views each' in r.stdout
+    assert json.loads((tmp_path/'run/config.json').read_text(encoding='utf8'))['image_cfg']['input_size'] == [3,4,32,32]
+
+def test_a_recipe_to_edit(tmp_path, here):
+    "Printed, edited, trained; and the config.json of that run is one too"
+    r = here(tmp_path, 'revvit_train', '--print-recipe', '--epochs', 1, '--batch-size', 512)
+    assert r.returncode == 0 and not [*tmp_path.iterdir()]
+    (tmp_path/'mine.json').write_text(r.stdout.replace('"smoothing": 0.1', '"smoothing": 0.2'))
+    assert here(tmp_path, 'revvit_train', '--recipe', 'mine.json').returncode == 0
+    assert here(tmp_path, 'revvit_train', '--recipe', 'runs/mine/config.json').returncode == 0
+    cfgs = [json.loads((tmp_path/'runs'/o/'config.json').read_text(encoding='utf8')) for o in ('mine', 'mine-2')]
+    assert [(o['recipe'], o['smoothing'], o['batch_size']) for o in cfgs] == [('mine', .2, 512)]*2
+
+@pytest.mark.parametrize('args,said', [(['--batch-size', 25], '24 training files are too few for a batch of 25: --batch-size 24 or less would work'),
+    (['--model', 'resnet18'], '--model must be one of revmvit_base_224'), (['--img-size', 100], '--img-size must be a multiple of patch_size'), (['--frames', 8], '--frames is for clips'),
+    (['--freeze', 7], '--freeze must be backbone or a number of blocks from 0 to 6'), (['--layer-decay', 2], '--layer-decay must be above 0 and at most 1'),
+    (['--accumulate', 9], '--accumulate must be at most the 8 batches'), (['--backbone-lr', 0], '--backbone-lr must be a number above 0'), (['--recipe', 'no.json'], 'no.json: no such recipe file'),
+    (['--weights', 'no.pth'], 'no.pth'), (['--recipe', 'digits'], 'brings its own data')], ids=str)
+def test_own_data_refusals(args, said, photos, here):
+    "One sentence, and no folder"
+    (photos/'photos/red/notes.txt').unlink()
+    only_sentence(here(photos, 'revvit_train', '--data', 'photos', '--workers', 0, '--out', 'run', *args), said)
+    assert [o.name for o in photos.iterdir()] == ['photos']
+
+def test_a_folder_of_both(photos, here):
+    for i in range(9): (photos/'photos/blue'/f'{i}.mp4').touch()
+    only_sentence(here(photos, 'revvit_train', '--data', 'photos'), 'holds 30 images and 9 videos, so it is not clear what to train on: `revvit_train --data photos --recipe fine_tune_images`')

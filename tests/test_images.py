@@ -536,7 +536,7 @@ def test_kind_of_data(files, want, tmp_path):
     for o in files:
         (tmp_path/'d'/o).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path/'d'/o).touch()
-    if want in ('images', 'clips'): assert kind_of_data(tmp_path/'d') == want
+    if want in ('images', 'clips'): assert kind_of_data(tmp_path/'d')[0] == want
     else:
         with pytest.raises((ValueError, FileNotFoundError), match=want): kind_of_data(tmp_path/'d')
 

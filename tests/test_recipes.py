@@ -3,13 +3,16 @@ import math, os
 from dataclasses import replace
 from unittest.mock import patch
 
-import pytest, torch
-from fastai.vision.all import DataLoaders
+import pytest, timm, torch
+from fastai.vision.all import Callback, DataLoaders
+from timm.models import group_parameters
 from torch import nn
 from revvit.data.digits import digits_cfg
 from revvit.models.mvit import RevMViT
 from revvit.models.vit import RevViT
+from revvit.training.layers import freeze, layer_groups
 from revvit.training.learner import learner
+from revvit.training.own_data import own_recipe, read_recipe, recipe_text
 from revvit.training.recipes import Recipe, recipe_dls, recipe_model, recipes, warmup_cosine
 
 torch.set_num_threads(1)
@@ -37,7 +40,10 @@ nan,inf = math.nan,math.inf
     ('weight_decay', inf, 'weight_decay must be from 0 to below inf, got inf'),
     ('mixup', -.1, 'mixup must be from 0 to below inf, got -0.1'),
     ('cutmix', nan, 'cutmix must be from 0 to below inf, got nan'),
-    ('average', 1, 'average must be from 0 to below 1, got 1')], ids=str)
+    ('average', 1, 'average must be from 0 to below 1, got 1'),
+    ('accumulate', 0, 'accumulate must be a whole number above 0, got 0'),
+    ('backbone_lr', 0, 'backbone_lr must be a number above 0, got 0'),
+    ('layer_decay', 1.1, 'layer_decay must be above 0 and at most 1, got 1.1')], ids=str)
 def test_what_cannot_be_meant_is_refused(k, v, said):
     with pytest.raises(ValueError) as e: replace(recipe, **{k: v})
     assert str(e.value) == said
@@ -183,3 +189,87 @@ def test_processes_together_have_the_recipes_batch(world, lr):
         r = replace(recipes['rev_vit_s'], batch_size=4).changed(batch_size=2*int(world))
         learn = learner(little(), r, nn.Linear(4,2))
     assert learn.lr == pytest.approx(lr, rel=1e-12)
+
+# ---------------------------------------------------------------- layers, and several batches a step
+
+@pytest.mark.parametrize('which', ['revvit_tiny_patch16_224', 'revmvit_tiny_224'])
+def test_rates_by_layer(which):
+    "Each parameter once; the factor by hand, from the depth that timm gives it; no decay on vectors"
+    m = timm.create_model(which, num_classes=3)
+    layers = group_parameters(m, m.group_matcher(coarse=False), reverse=True)
+    groups,last = layer_groups(m, .1, .05, layer_decay=.5, backbone_lr=.01),max(layers.values())
+    of = {id(p): o for o in groups for p in o['params']}
+    assert sum(len(o['params']) for o in groups) == len([*m.parameters()])
+    for n,p in m.named_parameters():
+        want = 1. if layers[n] == last else .1*.5**(last-1-layers[n])
+        assert of[id(p)]['lr_scale'] == pytest.approx(want) and of[id(p)]['weight_decay'] == (.05 if p.ndim > 1 else 0.)
+
+def test_one_rate_means_the_classifiers():
+    "fit, a rate given to fit, and the schedule's end: each layer has its share"
+    r = replace(recipe, batch_size=256, warmup_epochs=0, layer_decay=.5, model_args=tiny)
+    learn = learner(recipe_dls(r, device='cpu'), r)
+    for kw,lr in (({}, 1e-3), (dict(lr=1e-2), 1e-2)):
+        with learn.no_bar(), learn.no_logging(), patch.object(type(learn), '_do_epoch'): learn.fit(1, **kw)
+        rates = {o['lr_scale']: o['lr'] for o in learn.opt.opt.param_groups}
+        assert rates == pytest.approx({.5**i: lr*.5**i for i in range(4)}) and learn.schedule.peaks[-1] == pytest.approx(lr)
+
+tiny = dict(patch_size=4, embed_dim=16, num_heads=2, depth=2)
+
+@pytest.mark.parametrize('upto,free', [('backbone', {'head'}), (0, {'blocks', 'neck', 'head'}), ('1', {'blocks', 'neck', 'head'}), (2, {'head'})], ids=str)
+def test_frozen_layers_stay(upto, free):
+    "Two steps leave the bits of what is frozen, and move all else"
+    r = replace(recipe, epochs=1, batch_size=512, warmup_epochs=0, freeze=upto, model_args=tiny)
+    learn = learner(recipe_dls(r, device='cpu'), r)
+    was = {k: v.clone() for k,v in learn.model.state_dict().items()}
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    moved = {k for k,v in learn.model.state_dict().items() if not torch.equal(v, was[k])}
+    assert {k.split('.')[0] for k in moved} == free
+    assert moved == {n for n,p in learn.model.named_parameters() if p.requires_grad}
+
+@pytest.mark.parametrize('upto', ['head', 3, -1, '1.5'])
+def test_what_cannot_be_frozen(upto):
+    with pytest.raises(ValueError, match='freeze must be backbone or a number of blocks from 0 to 2'):
+        freeze(timm.create_model(name, depth=2), upto)
+
+@pytest.mark.parametrize('mixup', [0., .8])
+def test_batches_of_a_step(mixup):
+    "22 batches make 5 steps of four and leave two out, with and without mixup, which leaves out an image of odd batches"
+    r = replace(recipe, epochs=1, batch_size=65, warmup_epochs=0, accumulate=4, mixup=mixup, model_args=tiny)
+    learn,steps = learner(recipe_dls(r, device='cpu'), r),[]
+    with learn.no_bar(), learn.no_logging(), learn.added_cbs(Callback(after_step=lambda *_: steps.append(learn.train_iter))): learn.fit(1)
+    assert steps == [3,7,11,15,19]
+
+# ---------------------------------------------------------------- own data, and recipes as files
+
+@pytest.mark.parametrize('kind,end', [('images', 'png'), ('clips', 'mp4')])
+def test_own_recipe(kind, end, tmp_path):
+    for i in range(24):
+        (tmp_path/'d'/'ab'[i%2]).mkdir(parents=True, exist_ok=True)
+        (tmp_path/'d'/'ab'[i%2]/f'{i}.{end}').touch()
+    (scratch,r,why),(_,tuned,_) = (own_recipe(tmp_path/'d', o) for o in (False,True))
+    assert (scratch, r.data, r.batch_size, r.layer_decay, tuned.layer_decay) == (f'fine_tune_{kind}', kind, 3, None, .75)
+    assert 'random weights' in why and tuned.model in tuned.pretrained and 'tiny' in r.model
+    m = recipe_model(r, 2)
+    assert m(torch.randn(1, *r.image_cfg['input_size'])).shape == (1,2) and sum(o.numel() for o in m.parameters()) < 2e6
+
+@pytest.mark.parametrize('which', recipes)
+@pytest.mark.parametrize('end', ['json', 'yaml'])
+def test_a_recipe_comes_back_from_its_file(which, end, tmp_path):
+    if end == 'yaml': pytest.importorskip('yaml')
+    (tmp_path/f'r.{end}').write_text(recipe_text(recipes[which]))
+    back = read_recipe(tmp_path/f'r.{end}')
+    assert replace(back, image_cfg={}) == replace(recipes[which], image_cfg={})
+    assert {k: tuple(v) if isinstance(v, list) else v for k,v in recipes[which].image_cfg.items()} == back.image_cfg
+
+@pytest.mark.parametrize('text,said', [('{', 'not a recipe in JSON'), ('[1]', 'expected settings by name'), ('{"epoch": 1}', "a recipe has no 'epoch'"),
+    ('{"data": "images"}', 'the recipe lacks model, model_args, image_cfg, epochs, batch_size, lr'), (None, 'no such recipe file')], ids=str)
+def test_recipe_files_that_are_none(text, said, tmp_path):
+    if text is not None: (tmp_path/'r.json').write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=said) as e: read_recipe(tmp_path/'r.json')
+    assert str(e.value).startswith(str(tmp_path/'r.json'))
+
+def test_yaml_numbers_without_a_point(tmp_path):
+    "PyYAML takes 1e-3 for text"
+    pytest.importorskip('yaml')
+    (tmp_path/'r.yaml').write_text(recipe_text(recipe).replace('0.001', '1e-3'))
+    assert read_recipe(tmp_path/'r.yaml').lr == 1e-3

@@ -8,6 +8,7 @@ import pytest, torch
 from fastai.vision.all import Callback, defaults
 from revvit.use import cli
 from revvit.models.checkpoints import load_model
+from revvit.models.files import read_checkpoint, write_checkpoint
 from revvit.training.resume import states
 from revvit.training.recipes import recipes
 from test_training import end_of, same, small, spawn, wait
@@ -144,3 +145,38 @@ def test_what_is_no_run_before_its_first_state_is_left_alone(what, straight, her
     before = {o.name: o.read_bytes() for o in run.iterdir()}
     assert here('--out', 'run', '--resume')[::2] == (2, 'revvit_train: run is not empty and holds no state to go on from: choose another folder, or delete this one first\n')
     assert {o.name: o.read_bytes() for o in run.iterdir()} == before and load_model(run/'checkpoint.pth').num_classes == 10
+
+# ---------------------------------------------------------------- longer runs, and several batches a step
+
+def test_a_run_made_longer(here, tmp_path):
+    "Two epochs become four: the rates of the last ten steps are those of a run of four, a line says so, and fewer than before are refused"
+    assert here('--out', 'run')[0] == 0 and here('--out', 'long', '--epochs', '4')[0] == 0
+    code,out,err = here('--out', 'run', '--epochs', '4', '--resume')
+    assert (code, err) == (0, '') and '2 epochs become 4: the learning rate, ' in out
+    lrs = [read_checkpoint(tmp_path/o/'state-4.pth')['extra']['history']['lrs'] for o in ('run','long')]
+    assert len(lrs[0]) == 20 and torch.allclose(lrs[0][10:], lrs[1][10:], rtol=1e-9) and not torch.allclose(lrs[0][:10], lrs[1][:10])
+    assert len((tmp_path/'run/history.csv').read_text().splitlines()) == 5
+    code,_,err = here('--out', 'run', '--epochs', '3', '--resume')
+    assert code == 2 and 'its epochs is 4, here it is 3' in err.replace('--epochs', 'epochs')
+
+def test_a_state_waits_for_the_step(here, tmp_path):
+    "Saved after every batch, with two batches a step: states stand between steps alone, and a run from one of them ends with the same bits"
+    line = ['--accumulate', '2', '--epochs', '1', '--save-steps', '1']
+    assert here('--out', 'run', *line)[0] == 0
+    found = {o.name for o in states(tmp_path/'run')}
+    assert found == {'state-1.pth', 'state-0-4.pth'}
+    os.makedirs(tmp_path/'again')
+    shutil.copy(tmp_path/'run/state-0-4.pth', tmp_path/'again')
+    shutil.copy(tmp_path/'run/config.json', tmp_path/'again')
+    assert here('--out', 'again', '--resume', *line)[0] == 0
+    a,b = (load_model(tmp_path/o/'checkpoint.pth').state_dict() for o in ('run','again'))
+    assert all(torch.equal(v, b[k]) for k,v in a.items())
+
+def test_a_state_of_an_older_version(here, tmp_path):
+    "It knows nothing of settings that came later, which have their defaults"
+    assert here('--out', 'run', '--epochs', '2')[0] == 0
+    (tmp_path/'run/state-2.pth').unlink()
+    c = read_checkpoint(tmp_path/'run/state-1.pth')
+    for k in ('layer_decay', 'backbone_lr', 'freeze', 'accumulate', 'pretrained'): del c['extra']['run'][k]
+    write_checkpoint(tmp_path/'run/state-1.pth', c)
+    assert here('--out', 'run', '--epochs', '2', '--resume')[0] == 0

@@ -10,6 +10,7 @@ import os, unicodedata
 from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
+from shlex import quote
 from fastai.torch_core import rank_distrib
 from .from_files import a_few, class_items, image_suffixes, is_hidden, readable, video_suffixes
 
@@ -97,7 +98,8 @@ def _check_full(root, items, vocab, kind, suffixes):
 # %% ../../nbs/data/20b_class_folders.ipynb #8fad039b
 def kind_of_data(
     path:str|Path, # Folder
-)->str: # 'images' or 'clips'
+    only:str|None=None, # Count these alone, 'images' or 'clips', whatever else there is
+)->tuple: # 'images' or 'clips', and how many
     "What a folder holds"
     path,n = Path(path),Counter(images=0, clips=0)
     if not path.is_dir(): raise FileNotFoundError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}")
@@ -105,10 +107,13 @@ def kind_of_data(
         dirs[:] = [o for o in dirs if not is_hidden(o)]
         ends = Counter(os.path.splitext(o)[1].lower() for o in files if not is_hidden(o))
         for k,v in dict(images=image_suffixes, clips=video_suffixes).items(): n[k] += sum(ends[o] for o in v)
-    if all((path/o).is_file() for o in ('train.csv','val.csv')) and not n['images']: return 'clips'
+    if all((path/o).is_file() for o in ('train.csv','val.csv')) and not n['images']:
+        return 'clips',(path/'train.csv').read_bytes().count(b'\n')
     (kind,most),(_,rest) = n.most_common()
+    if only and n[only]: return only,n[only]
     if not most: raise ValueError(f"{path}: holds neither images nor videos (files such as .jpg, .png, .mp4 or .webm)")
     if rest>most/10:
+        line = f"revvit_train --data {quote(str(path))} --recipe"
         raise ValueError(f"{path}: holds {n['images']} images and {n['clips']} videos, so it is not clear what to "
-                         "train on")
-    return kind
+                         f"train on: `{line} fine_tune_images` takes the images, with fine_tune_clips the videos")
+    return kind,most

@@ -148,7 +148,7 @@ def file_dls(
     world:int=1, # How many these are
     device:str|torch.device|None=None, # Where batches go; None for the GPU if there is one
     after_batch:tuple=(), # fastai transforms of a batch
-)->DataLoaders: # With `vocab`, the class names
+)->DataLoaders: # With `vocab`, the class names, and `held`, the class numbers of held-out files by path
     "fastai `DataLoaders` of files"
     (train,held,vocab),device = files,pick_device(device)
     if bs<1: raise ValueError(f"the batch size must be 1 or more, got {bs}")
@@ -161,5 +161,7 @@ def file_dls(
     dsets = Datasets([*train, *held], [readers, labels], splits=(range(n), range(n, n+len(held))))
     kwargs = dict(bs=bs, num_workers=workers, seed=seed, rank=rank, world=world, on_bad=on_bad, device=device,
                   after_batch=[*after_batch, _Show(cfg)], pin_memory=device.type=='cuda')
-    return DataLoaders(EpochDL(dsets.train, shuffle=True, drop_last=True, **kwargs), EpochDL(dsets.valid, **kwargs),
-                       device=device)
+    dls = DataLoaders(EpochDL(dsets.train, shuffle=True, drop_last=True, **kwargs), EpochDL(dsets.valid, **kwargs),
+                      device=device)
+    dls.held = held
+    return dls

@@ -10,13 +10,13 @@ import math, warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-import torch
+import numpy as np, torch
 from matplotlib.figure import Figure
-from timm.optim import param_groups_weight_decay
 from fastai.vision.all import Learner, OptimWrapper, accuracy, num_distrib, rank_distrib
 from .recipes import Recipe, recipe_model
 from revvit.training.callbacks import (LossLater, MixBatches, MixLoss, Schedule, SeedRun, StopOnNonFinite,
     WeightAverage)
+from .layers import Accumulate, freeze, layer_groups
 from .logs import RunLog, SaveCheckpoint
 from .progress import PlainLog
 
@@ -33,6 +33,8 @@ class _AdamW(OptimWrapper):
         if isinstance(v, slice):
             raise ValueError(f"a range of rates, {v}, is for groups of layers, but this learner's two groups are for "
                              "weight decay: give one number")
+        shares = [o.get('lr_scale', 1.) for o in self.opt.param_groups]
+        if k=='lr' and np.ndim(v)==0 and {*shares}!={1.}: v = [v*o for o in shares]
         super().set_hyper(k, v)
 
 # %% ../../nbs/training/32_learner.ipynb #063188b0
@@ -87,15 +89,20 @@ def learner(
     "fastai `Learner` that follows `recipe`"
     classes = len(dls.vocab)
     if model is None: model = recipe_model(recipe, classes, seed)
+    if recipe.freeze is not None: freeze(model, recipe.freeze)
     r = _for_batches(recipe, dls.train.bs*max(1, num_distrib()))
     cbs = [SeedRun(seed), StopOnNonFinite(r.clip), LossLater(), PlainLog(),
            Schedule(r.warmup_epochs/r.epochs, r.warmup_lr, r.final_lr)]
     if r.mixup or r.cutmix: cbs.append(MixBatches(r.mixup, r.cutmix, r.smoothing, classes))
+    if r.accumulate>1:
+        cbs.append(Accumulate(r.accumulate))
+        cbs[-1].check(dls)
     if r.average: cbs.append(WeightAverage(r.average))
     adamw = partial(_AdamW, opt=torch.optim.AdamW, convert_groups=False, betas=r.betas, eps=r.eps,
                     fused=_fused(dls.device))
     learn = Learner(dls, model, loss_func=MixLoss(eps=r.smoothing), metrics=accuracy, lr=r.lr, cbs=cbs,
-                    opt_func=adamw, splitter=partial(param_groups_weight_decay, weight_decay=r.weight_decay))
+                    opt_func=adamw, splitter=partial(layer_groups, lr=r.lr, weight_decay=r.weight_decay,
+                                                     layer_decay=r.layer_decay, backbone_lr=r.backbone_lr))
     learn.recipe = r
     if out: record_run(learn, out, r.image_cfg)
     return set_amp(learn, amp)

@@ -41,35 +41,48 @@ class Recipe:
     betas:tuple=(.9,.999) # AdamW's memory of gradients and of their squares
     eps:float=1e-8 # AdamW's guard against dividing by zero
     threads:int|None=None # CPU threads that the command uses; None leaves the choice to PyTorch
-    def __post_init__(self):
-        tops = dict(warmup_epochs=self.epochs, smoothing=1, average=1) | dict.fromkeys(_from_0, math.inf)
-        for k,v in vars(self).items():
-            if k in ('epochs','batch_size','repeats') and (not isinstance(v, int) or v<1):
-                raise ValueError(f"{k} must be a whole number above 0, got {v!r}")
-            if k in ('lr','eps','clip') and v is not None and not 0<v<math.inf:
-                raise ValueError(f"{k} must be a number above 0, got {v!r}")
-            if k in tops and v is not None and not 0<=v<tops[k]:
-                raise ValueError(f"{k} must be from 0 to below {tops[k]}, got {v!r}")
+    layer_decay:float|None=None # Factor of the rate from each layer to the one below, above 0 to 1; None for one rate
+    backbone_lr:float|None=None # Highest rate below the classifier, for `batch_size`; None for no other
+    freeze:str|int|None=None # 'backbone', or how many blocks learn nothing, counted from the patches; None for none
+    accumulate:int=1 # Batches whose mean gradient makes one step
+    pretrained:str|None=None # Published weights that the recipe is meant to start from, by timm's name; None for none
+    def __post_init__(self): _check_recipe(self)
 
+# %% ../../nbs/training/30_recipes.ipynb #d0c7e236
 _from_0 = 'warmup_lr','final_lr','weight_decay','mixup','cutmix'
+
+def _check_recipe(r):
+    "Refuse numbers that cannot be meant"
+    tops = dict(warmup_epochs=r.epochs, smoothing=1, average=1) | dict.fromkeys(_from_0, math.inf)
+    for k,v in vars(r).items():
+        if k in ('epochs','batch_size','repeats','accumulate') and (not isinstance(v, int) or v<1):
+            raise ValueError(f"{k} must be a whole number above 0, got {v!r}")
+        if k in ('lr','eps','clip','backbone_lr') and v is not None and not 0<v<math.inf:
+            raise ValueError(f"{k} must be a number above 0, got {v!r}")
+        if k in tops and v is not None and not 0<=v<tops[k]:
+            raise ValueError(f"{k} must be from 0 to below {tops[k]}, got {v!r}")
+    if r.layer_decay is not None and not 0<r.layer_decay<=1:
+        raise ValueError(f"layer_decay must be above 0 and at most 1, got {r.layer_decay!r}")
 
 # %% ../../nbs/training/30_recipes.ipynb #3e229ce1
 @patch
 def changed(self:Recipe,
     epochs:int|None=None, # None keeps the recipe's
     batch_size:int|None=None, # None keeps the recipe's
-    lr:float|None=None, # None keeps the recipe's, in proportion to the batch size
+    lr:float|None=None, # None keeps the recipe's, in proportion to the images of a step
+    accumulate:int|None=None, # None keeps the recipe's
 )->Recipe:
-    "The recipe with other epochs, batch size or learning rate"
+    "The recipe with other epochs, batch size, batches a step or learning rate"
     r = self
     if epochs is not None:
         r = replace(r, epochs=epochs, warmup_epochs=r.warmup_epochs*epochs/r.epochs if epochs>0 else 0.)
     if batch_size is not None: r = replace(r, batch_size=batch_size)
-    r = replace(r, lr=self.lr*r.batch_size/self.batch_size if lr is None else lr)
-    if lr is None and r.lr!=self.lr and not rank_distrib():
-        print(f"learning rate {r.lr:g}: the recipe's {self.lr:g} for batches of {self.batch_size}, "
-              f"in proportion to {r.batch_size}")
-    return r
+    if accumulate is not None: r = replace(r, accumulate=accumulate)
+    old,new = (o.batch_size*o.accumulate for o in (self,r))
+    r = replace(r, lr=self.lr*new/old if lr is None else lr)
+    if lr is None and new!=old and not rank_distrib():
+        print(f"learning rate {r.lr:g}: the recipe's {self.lr:g} for batches of {old}, in proportion to {new}")
+    return replace(r, backbone_lr=self.backbone_lr and self.backbone_lr*r.lr/self.lr)
 
 # %% ../../nbs/training/30_recipes.ipynb #eb9af8a4
 recipes = dict(
@@ -105,6 +118,16 @@ recipes |= dict(
         model_args=dict(drop_path_rate=.05, drop_rate=.5, shared_drop_path=True, drop_whole=True),
         image_cfg=kinetics_cfg, epochs=200, batch_size=16, lr=1e-4, warmup_epochs=50, warmup_lr=1e-6,
         weight_decay=.07, clip=None, repeats=2))
+
+# %% ../../nbs/training/30_recipes.ipynb #8c122d14
+_light = dict(color_jitter=.2, erase=0., scale=(.5,1.))
+recipes |= dict(
+    fine_tune_images=Recipe('images', 'revvit_small_patch16_224', dict(drop_path_rate=.1), imagenet_cfg, epochs=20,
+        batch_size=16, lr=1e-3, warmup_epochs=2, aug=dict(_light, hflip=.5), layer_decay=.75,
+        pretrained='revvit_small_patch16_224.fb_in1k'),
+    fine_tune_clips=Recipe('clips', 'revmvit_base_16x4_224', dict(drop_path_rate=.1), kinetics_cfg, epochs=20,
+        batch_size=8, lr=5e-4, warmup_epochs=2, aug=dict(_light, hflip=0.), layer_decay=.75,
+        pretrained='revmvit_base_16x4_224.fb_k400'))
 
 # %% ../../nbs/training/30_recipes.ipynb #a1fb9194
 def recipe_model(

@@ -91,10 +91,14 @@ class KeepState(Callback):
     ):
         self.folder,self.every,self.keep,self.minutes = Path(folder),every,keep,minutes
         self.pending,self.trained = None,False
-    def before_train(self): self.trained,self.step,self.since = not is_searching(self.learn),self._begin(),monotonic()
+    def before_train(self):
+        self.trained,self.step,self.since = not is_searching(self.learn),self._begin(),monotonic()
+        self.due = False
     def after_batch(self):
         self.step += 1
-        if self.trained and self.step<len(self.dls.train) and self._due(): self.save(self.epoch, self.step)
+        self.due = self.due or self._due()
+        between = getattr(getattr(self.learn, 'accumulate', None), 'count', 0)   # batches of a step that is not done
+        if self.trained and self.step<len(self.dls.train) and self.due and not between: self.save(self.epoch, self.step)
     def _due(self):
         "Is it time for a state? Only the process that writes looks at its clock"
         if self.every and self.step%self.every==0: return True
@@ -107,15 +111,17 @@ class KeepState(Callback):
         save_checkpoint(unwrapped(avg.trained if avg else self.model), _file(self.folder, epoch, step),
                         **(like.kwargs if like else {}), extra=_progress(self.learn, epoch, step))
         for o in states(self.folder)[self.keep:]: o.unlink(missing_ok=True)
-        self.since = monotonic()
+        self.since,self.due = monotonic(),False
 
 # %% ../../nbs/training/34_resume.ipynb #29e1921f
 def _restore(learn, content):
     "Put weights and optimizer of a state into a learner"
     t,model = content['extra'],learn.model.to(learn.dls.device)
     mine,theirs = _identity(learn),t['run']
+    longer = mine['epochs']>theirs['epochs']
     for k in mine:
-        if mine[k]!=theirs.get(k):
+        if longer and k in ('epochs','warmup_epochs'): continue
+        if mine[k]!=theirs.get(k, getattr(type(learn.recipe), k, None)):   # an older version did not know all
             raise ValueError(f"{content['path']} belongs to another run: its {k} is {theirs.get(k)!r}, "
                              f"here it is {mine[k]!r}")
     # chunks may change when memory does
@@ -137,10 +143,12 @@ def _stands_aside(self:KeepState): return self.learn.lock.locked() or is_searchi
 @patch
 def before_fit(self:KeepState):
     if (t:=self.pending) is None or self._stands_aside(): return
-    if self.n_epoch!=t['run']['epochs']:
-        raise ValueError(f"the run was planned for {t['run']['epochs']} epochs and cannot go on with {self.n_epoch}: "
+    planned = t['run']['epochs']
+    if self.n_epoch!=max(planned, self.learn.recipe.epochs):
+        raise ValueError(f"the run was planned for {planned} epochs and cannot go on with {self.n_epoch}: "
                          "its learning rates would not fit")
-    if t['rates']!=(now:=_rates(self.learn)):
+    if self.n_epoch>planned: self._extend(t, planned)
+    elif t['rates']!=(now:=_rates(self.learn)):
         raise ValueError(f"the run was planned for learning rates up to about {max(t['rates']):.1g} and cannot go on "
                          f"with others, up to {max(now):.1g}: fit as it was begun")
     r,h = self.recorder,t['history']
@@ -149,6 +157,17 @@ def before_fit(self:KeepState):
     if t['scaler']: self.learn.scaler.load_state_dict(t['scaler'])
     if hasattr(self.learn, 'run_log'): self.learn.run_log.rows,self.learn.run_log.fresh = list(h['rows']),False
 
+@patch
+def _extend(self:KeepState, t, planned):
+    "Find the place of `t` in the schedule of the longer run, and say what becomes of the learning rate"
+    t['pct_train'] *= planned/self.n_epoch
+    if rank_distrib(): return
+    now = L(rate_scheduler(self.learn).scheds['lr'](t['pct_train']))[-1]
+    last = f", {t['history']['lrs'][-1]:.3g} in the last step," if len(t['history']['lrs']) else ''
+    print(f"{planned} epochs become {self.n_epoch}: the learning rate{last} goes on at {now:.3g}, as in a run that was "
+          f"planned for {self.n_epoch}")
+
+# %% ../../nbs/training/34_resume.ipynb #e3bab448
 @patch
 def before_epoch(self:KeepState):
     self.skipped = self.pending is not None and not self._stands_aside() and self.epoch<self.pending['epoch']

@@ -171,9 +171,9 @@ class EvalLoader(DataLoader):
 
 # %% ../../nbs/use/41_evaluation.ipynb #3214f7d2
 def _items(model, data, root=None):
-    "(path, label) of each file in a list of videos or in class folders"
+    "(path, label) of each file in a list or in class folders"
     from revvit.data.clips import read_clip_list
-    found = [o for o in (data, data/'val.csv') if o.is_file()] if takes_clips(model) else []
+    found = [o for o in (data, data/'val.csv')[:2 if takes_clips(model) else 1] if o.is_file()]
     if not found: return folder_items(data, model)
     return list(read_clip_list(found[0], root, classes=model.num_classes).items())
 

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['claim_run', 'newest_checkpoint', 'set_modes', 'recipe_settings', 'run_config', 'fit_run', 'sample_digit',
-           'accuracy_line']
+           'write_held_out', 'accuracy_line']
 
 # %% ../../nbs/use/45_runs.ipynb #5b1e9a07
-import itertools, os, platform, time
+import csv, itertools, os, platform, time
 from dataclasses import asdict
+from io import StringIO
 from json import dumps, loads
 from pathlib import Path
 from ..core.device import out_of_memory
+from ..models.files import write_file
 
 # %% ../../nbs/use/45_runs.ipynb #f8012a07
 def _known(folder):
@@ -158,18 +160,28 @@ def sample_digit(
     Image.fromarray(images[i]).save(out/f'digit_{labels[i]}.png')
     return out/f'digit_{labels[i]}.png'
 
+def write_held_out(
+    out:Path, # Folder of the run
+    held:dict, # Class number by path
+)->Path: # `held-out.csv`, which `revvit_test --data` takes
+    "Which files the run did not train on"
+    text = StringIO()
+    csv.writer(text, delimiter=' ', lineterminator='\n').writerows((os.path.abspath(k), v) for k,v in held.items())
+    write_file(out/'held-out.csv', text.getvalue())
+    return out/'held-out.csv'
+
 def accuracy_line(
     out:Path, # Folder of the run
     r, # Its recipe
     data:Path, # Where its data are
     workers:int|None, # Processes that read them
-    root:Path|None, # Where relative paths in a list start
     device, # Where to compute
+    on_bad:str='raise', # Files that cannot be read: 'raise', or 'skip'
 )->str:
     "One line on how good the checkpoint in `out` is"
     from revvit.models.checkpoints import load_model
     from revvit.use.evaluation import eval_loader, evaluate
     m = load_model(out/'checkpoint.pth').to(device)
-    res = evaluate(m, eval_loader(m, data, workers=workers or 0, root=root))
+    res = evaluate(m, eval_loader(m, data, workers=workers or 0, on_bad=on_bad))
     views = ", 5 views each" if r.data!='images' else ""
     return f"top-1 {100*res['top1']:.2f} %, top-5 {100*res['top5']:.2f} % of {res['n']} held-out files{views}"

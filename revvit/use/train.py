@@ -6,7 +6,8 @@
 __all__ = ['DataFlags', 'ModelFlags', 'TrainingFlags', 'SavingFlags', 'SayingFlags', 'revvit_train']
 
 # %% ../../nbs/use/46_train.ipynb #cc511d81
-import os, shlex
+import os, shlex, sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from json import dumps
 from pathlib import Path
@@ -14,14 +15,13 @@ from fastcore.basics import store_attr
 from ..core.device import allow_tf32, pick_device
 from ..models.files import write_file
 from .command import FlagGroup, all_flags, command
-from .runs import accuracy_line, claim_run, fit_run, recipe_settings, run_config, sample_digit, set_modes
+from .runs import (accuracy_line, claim_run, fit_run, recipe_settings, run_config, sample_digit,
+    set_modes, write_held_out)
 
 # %% ../../nbs/use/46_train.ipynb #d2ca001d
-def _check_flags(flags, recipes):
+def _check_flags(flags):
     "Refuse what cannot be meant"
     from revvit.training.progress import BOARDS, check_board
-    if flags.recipe not in recipes:
-        raise ValueError(f"there is no recipe {flags.recipe!r}; there is: {', '.join(recipes)}")
     if not 0<=flags.seed<2**32: raise ValueError(f"seed must be from 0 to {2**32-1}, got {flags.seed}")
     if flags.save_minutes is not None and not 0<flags.save_minutes<float('inf'):
         raise ValueError(f"save_minutes must be a number above 0, got {flags.save_minutes}")
@@ -53,16 +53,20 @@ def _own_data(r, flags):
 def _recipe(flags):
     "The recipe as the flags change it; PyTorch gets its number of threads"
     import torch
-    from revvit.training.recipes import recipes
-    _check_flags(flags, recipes)
-    r = recipes[flags.recipe].changed(epochs=flags.epochs, batch_size=flags.batch_size, lr=flags.lr)
-    if flags.average is not None: r = replace(r, average=flags.average)
+    from revvit.use.choices import changed_recipe, fit_to_weights, named_recipe
+    _check_flags(flags)
+    flags.recipe,r = named_recipe(flags.recipe, flags.data, flags.weights)
+    if flags.weights and flags.recipe.startswith('fine_tune_'):
+        flags.new_head = True
+        if flags.model is None: r = fit_to_weights(r, flags.weights)
+    names = 'epochs batch_size lr accumulate model img_size frames average freeze layer_decay backbone_lr'.split()
+    r = changed_recipe(r, **{k: getattr(flags, k) for k in names})
     if threads := flags.threads or r.threads: torch.set_num_threads(threads)
     return r
 
 def _learner(r, flags):
     "The learner, and what its loaders were told"
-    from revvit.models.checkpoints import load_checkpoint
+    from revvit.use.choices import start_from
     from revvit.training.recipes import recipe_dls, recipe_model
     from revvit.training.learner import learner
     device = allow_tf32(pick_device(flags.device))
@@ -70,7 +74,7 @@ def _learner(r, flags):
     dls = recipe_dls(r, data, seed=flags.seed, device=device, **kwargs)
     built = replace(r, model_args={**r.model_args, 'chunk':flags.chunk}) if flags.chunk else r
     model = recipe_model(built, len(dls.vocab), flags.seed)
-    if flags.weights: print(load_checkpoint(model, flags.weights, new_head=flags.new_head, new_size=flags.new_size))
+    if flags.weights: print(start_from(model, flags.weights, flags.new_head, flags.new_size))
     return learner(dls, r, model, seed=flags.seed, amp=flags.amp),kwargs
 
 # %% ../../nbs/use/46_train.ipynb #250e6757
@@ -121,12 +125,16 @@ def _finish(learn, r, flags, took):
     elif r.data=='moving_digits':
         from revvit.data.moving_digits import moving_digits
         folder = moving_digits(flags.data)
-        best = accuracy_line(out, r, folder, flags.workers, None, device)
+        best = accuracy_line(out, r, folder, flags.workers, device)
         sample = folder/(folder/'val.csv').read_text().split()[0]
-    else: best,sample = accuracy_line(out, r, flags.data, _own_data(r, flags)[1]['workers'], flags.root, device),None
+    else:
+        held = write_held_out(out, learn.dls.held)
+        best = accuracy_line(out, r, held, _own_data(r, flags)[1]['workers'], device, flags.on_bad)
+        sample = next(iter(learn.dls.held))
     print(f"{best}, {took:.0f} s of training; in {out}: {', '.join(sorted(o.name for o in out.iterdir()))}")
     if sample: print(f"Now try: revvit_predict {shlex.quote(str(sample))}{elsewhere}")
 
+# %% ../../nbs/use/46_train.ipynb #08b96ce6
 def _list():
     from revvit.training.recipes import recipes
     from revvit.use.reports import recipe_table
@@ -143,6 +151,10 @@ def _run(flags):
     "Train as the flags say; the first process shows and tests what came of it"
     from revvit.training.distributed import join_group, leave_group
     if flags.list_recipes: return _list()
+    if flags.print_recipe:
+        from revvit.training.own_data import recipe_text
+        with redirect_stdout(sys.stderr): r = _recipe(flags)
+        return print(recipe_text(r))
     r = _recipe(flags)
     if flags.dry_run: return _try(r, flags)
     flags.processes = join_group()
@@ -154,10 +166,15 @@ def _run(flags):
 class DataFlags(FlagGroup):
     "Data"
     def __init__(self,
-        recipe:str='digits', # What to train: digits, moving_digits, rev_vit_s, rev_vit_b, rev_mvit_b or rev_mvit_b_16x4
-        # Folder with train/ and val/ of one folder of images per class, or for videos with the lists train.csv and
-        # val.csv of lines "path label"; moving_digits are written there if need be, by default in the user's cache
+        # What to train: digits, moving_digits, rev_vit_s, rev_vit_b, rev_mvit_b, rev_mvit_b_16x4, fine_tune_images or
+        # fine_tune_clips, or a file (.json, .yaml), such as the config.json of a run; by default what fits --data,
+        # and without --data the digits
+        recipe:str|None=None,
+        # Folder with a folder of images or of videos for each class, in train/ and val/ or not: then a fifth is held
+        # out by --seed; or for videos with the lists train.csv and val.csv of lines "path label"; moving_digits are
+        # written there if need be, by default in the user's cache
         data:Path|None=None,
+        print_recipe:bool=False, # Print the recipe as it would be trained, as JSON for --recipe, and end
         root:Path|None=None, # Where relative paths in lists of videos start; by default the folder of the list
         # Processes that read data; by default 0 for the digits, else one for each core, at most 16
         workers:int|None=None,
@@ -171,8 +188,15 @@ class DataFlags(FlagGroup):
 class ModelFlags(FlagGroup):
     "Model"
     def __init__(self,
-        # Checkpoint of the same model to start from, ours or published; by default random weights
+        # Checkpoint of the same model to start from, ours or published, or the name of published weights, such as
+        # revvit_small_patch16_224.fb_in1k, which are fetched; by default random weights
         weights:Path|None=None,
+        model:str|None=None, # Another of our models than the recipe's, in its own size; by default the recipe's
+        img_size:int|None=None, # Side of images or frames in pixels, a multiple of the patch; by default the recipe's
+        frames:int|None=None, # Frames of a clip; by default the recipe's
+        # Layers that learn nothing: backbone for all but the classifier, or how many blocks from the patches on; by
+        # default the recipe's
+        freeze:str|None=None,
         new_head:bool=False, # Leave the classifier of --weights and begin with a new one, as other classes need
         # Resample the position embedding of --weights, for another image size or number of frames
         new_size:bool=False,
@@ -188,12 +212,19 @@ class ModelFlags(FlagGroup):
 class TrainingFlags(FlagGroup):
     "Training"
     def __init__(self,
-        # Passes over the data; by default the recipe's (digits: 60). The warm-up goes in proportion
+        # Passes over the data; by default the recipe's (digits: 60). The warm-up goes in proportion. With --resume
+        # more than before: the learning rate goes on as in a run of so many
         epochs:int|None=None,
         # Images a step, or videos, of all processes; by default the recipe's (digits: 64). Without
         # --lr, the learning rate changes in proportion
         batch_size:int|None=None,
         lr:float|None=None, # Highest learning rate, after the warm-up; by default the recipe's (digits: 0.004)
+        # Factor of the learning rate from each layer to the one below, above 0 to 1; by default the recipe's
+        layer_decay:float|None=None,
+        backbone_lr:float|None=None, # Highest learning rate below the classifier; by default as --lr
+        # Batches whose mean gradient makes one step; the learning rate changes in proportion without --lr; by default
+        # the recipe's
+        accumulate:int|None=None,
         # Decay per step of averaged weights to measure and save, such as 0.9999; by default none
         average:float|None=None,
         seed:int=0, # Of the starting weights, the order of the images, augmentation, mixup and drop path
