@@ -177,6 +177,7 @@ def test_a_state_of_an_older_version(here, tmp_path):
     assert here('--out', 'run', '--epochs', '2')[0] == 0
     (tmp_path/'run/state-2.pth').unlink()
     c = read_checkpoint(tmp_path/'run/state-1.pth')
+    del c['model_args']['dynamic_img_size']
     for k in ('layer_decay', 'backbone_lr', 'freeze', 'accumulate', 'pretrained'): del c['extra']['run'][k]
     write_checkpoint(tmp_path/'run/state-1.pth', c)
     assert here('--out', 'run', '--epochs', '2', '--resume')[0] == 0

@@ -6,7 +6,7 @@
 __all__ = ['states', 'newest_state', 'KeepState', 'keep_state']
 
 # %% ../../nbs/training/34_resume.ipynb #3000056a
-import math, re
+import inspect, math, re
 from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
@@ -124,8 +124,9 @@ def _restore(learn, content):
         if mine[k]!=theirs.get(k, getattr(type(learn.recipe), k, None)):   # an older version did not know all
             raise ValueError(f"{content['path']} belongs to another run: its {k} is {theirs.get(k)!r}, "
                              f"here it is {mine[k]!r}")
-    # chunks may change when memory does
-    theirs,mine = ({**o, 'chunk':None} for o in (content['model_args'], model.model_args))
+    # chunks may change when memory does, and an older version did not know all arguments
+    usual = {k: o.default for k,o in inspect.signature(type(model)).parameters.items()}
+    theirs,mine = ({**usual, **o, 'chunk':None} for o in (content['model_args'], model.model_args))
     if theirs!=mine: raise ValueError(f"{content['path']} belongs to another model: {content['model_args']}")
     model.load_state_dict(content['state_dict'])
     learn.create_opt()
