@@ -107,6 +107,7 @@ def after_validate(self:PlainLog):
     five,tested = got.tolist()
     self.top_5 = five/tested if tested else None
 
+# %% ../../nbs/training/31b_progress.ipynb #f43145fa
 @patch
 def _left(self:PlainLog):
     "Seconds left, or None"

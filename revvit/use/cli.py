@@ -14,6 +14,23 @@ from .command import command, command_line
 from .predict import revvit_predict, revvit_test
 from .train import revvit_train
 
+# %% ../../nbs/use/48_cli.ipynb #a8fd6908
+def _bench(groups, device, title, typed, memory, minutes, threads, out, json):
+    "Measure and write after each group; print tables as they come, or the record at the end"
+    from revvit.use.benchmark import benchmark, print_newest, results_file
+    path,state = results_file(out, device),{}
+    def done(record):
+        state.update(record)
+        write_file(path, dumps(record, indent=1))
+        if not json: print_newest(record)
+    try: benchmark(groups, device, title, typed, memory, minutes, threads, done)
+    except KeyboardInterrupt:
+        n = len(state.get('groups', ()))
+        where = f"; {path} holds what was finished, {n} group{'s'*(n>1)}" if n else ""
+        raise KeyboardInterrupt(f"stopped{where or ' before the first group was finished'}") from None
+    print(dumps(state, indent=1) if json else f"Written to {path}")
+
+
 # %% ../../nbs/use/48_cli.ipynb #0fc0f66b
 @command
 def revvit_bench(
@@ -40,18 +57,9 @@ def revvit_bench(
     for k,v in dict(memory=memory, minutes=minutes).items():
         if not 0<v<float('inf'): raise ValueError(f"{k} must be a number above 0, got {v}")
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')   # the profiler would say on the error stream whenever it starts
-    from revvit.use.benchmark import benchmark, measurable_device, print_newest, results_file
+    from revvit.use.benchmark import measurable_device
     from revvit.use.sets import asked_set
     device = measurable_device(device)
     title,groups = asked_set(device, small, models, depths, batch_sizes, dtypes, rivals, settings)
-    path,state = results_file(out, device),{}
-    def done(record):
-        state.update(record)
-        write_file(path, dumps(record, indent=1))
-        if not json: print_newest(record)
-    try: benchmark(groups, device, title, typed, memory*1e9, minutes, threads, done)
-    except KeyboardInterrupt:
-        n = len(state.get('groups', ()))
-        where = f"; {path} holds what was finished, {n} group{'s'*(n>1)}" if n else ""
-        raise KeyboardInterrupt(f"stopped{where or ' before the first group was finished'}") from None
-    print(dumps(state, indent=1) if json else f"Written to {path}")
+    _bench(groups, device, title, typed, memory*1e9, minutes, threads, out, json)
+
