@@ -129,3 +129,12 @@ def test_a_refusal_is_known_by_its_words(path):
     calls = [o for src,_ in cells(path, 'code') if 'test_fail(' in src for o in ast.walk(ast.parse(re.sub(r'^[!%].*$', '', src, flags=re.M)))
              if isinstance(o, ast.Call) and getattr(o.func, 'id', '') == 'test_fail']
     assert all({'contains','exc'} & {k.arg for k in o.keywords} for o in calls)
+
+@pytest.mark.parametrize('path', sorted((root/'tests').glob('test_*.py')), ids=name)
+def test_cases_have_one_order(path):
+    "A set among the cases of a test has another order, or another name, in each of pytest's processes"
+    asked = [o for o in ast.walk(ast.parse(path.read_text(encoding='utf8')))
+        if isinstance(o, ast.Call) and isinstance(o.func, ast.Attribute) and o.func.attr == 'parametrize']
+    sets = [o.lineno for call in asked for o in ast.walk(call)
+        if isinstance(o, (ast.Set, ast.SetComp)) or isinstance(o, ast.Call) and getattr(o.func, 'id', '') in ('set','frozenset')]
+    assert not sets

@@ -215,7 +215,7 @@ def test_one_rate_means_the_classifiers():
 
 tiny = dict(patch_size=4, embed_dim=16, num_heads=2, depth=2)
 
-@pytest.mark.parametrize('upto,free', [('backbone', {'head'}), (0, {'blocks', 'neck', 'head'}), ('1', {'blocks', 'neck', 'head'}), (2, {'head'})], ids=str)
+@pytest.mark.parametrize('upto,free', [('backbone', 'head'), (0, 'blocks head neck'), ('1', 'blocks head neck'), (2, 'head')])
 def test_frozen_layers_stay(upto, free):
     "Two steps leave the bits of what is frozen, and move all else"
     r = replace(recipe, epochs=1, batch_size=512, warmup_epochs=0, freeze=upto, model_args=tiny)
@@ -223,7 +223,7 @@ def test_frozen_layers_stay(upto, free):
     was = {k: v.clone() for k,v in learn.model.state_dict().items()}
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     moved = {k for k,v in learn.model.state_dict().items() if not torch.equal(v, was[k])}
-    assert {k.split('.')[0] for k in moved} == free
+    assert ' '.join(sorted({k.split('.')[0] for k in moved})) == free
     assert moved == {n for n,p in learn.model.named_parameters() if p.requires_grad}
 
 @pytest.mark.parametrize('upto', ['head', 3, -1, '1.5'])
