@@ -1,5 +1,5 @@
 """What users of the engine rely on and no requirement names: odd halves and streams, hooks, surgery, and other features of PyTorch"""
-import copy, threading
+import copy, threading, warnings
 from contextlib import contextmanager
 from functools import partial
 
@@ -329,6 +329,25 @@ class Second(nn.Module):
     "A tail that reads the second stream alone"
     def __init__(self): super().__init__(); self.lin = nn.Linear(8, 3)
     def forward(self, y1, y2): return self.lin(y2).mean(1)
+
+@pytest.mark.parametrize('behind', [(), ('hook',), ('hook','own forward')], ids=' '.join)
+def test_an_error_backwards_takes_back_new_gradients_alone(behind):
+    """In the run where it happens: stored blocks behind it, for one reason or for two, keep theirs, and so does a weight
+    that had a gradient before, with what was added to it"""
+    m = stack(3+len(behind), 0., 0., 2, lambda i: (nn.Linear(8, 8), nn.Linear(8, 8)))
+    for b,why in zip(m[3:], behind):
+        if why=='hook': b.register_forward_hook(lambda *a: None)
+        else: b.forward = b.forward
+    m[0].f = trap = Trap(m[0].f)
+    m[1].f.weight.grad = torch.zeros_like(m[1].f.weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        loss = weighted_sum(m(*streams(4)))
+    trap.at = trap.calls+1,
+    with pytest.raises(KeyError, match='trap'): loss.backward()
+    assert m[1].f.weight.grad.abs().sum() > 0
+    had = [n for n,p in m.named_parameters() if p.grad is not None]
+    assert had==['1.f.weight', *(n for n,_ in m.named_parameters() if int(n[0])>2)]
 
 @pytest.mark.parametrize('chunk', [1,None])
 def test_a_half_without_a_gradient_is_not_differentiated(chunk):

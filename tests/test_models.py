@@ -567,7 +567,8 @@ def test_set_input_size(kind, new, tmp_path):
     with torch.no_grad(): assert_close(m(x), want, rtol=1e-5, atol=1e-5)
     again = load_model(save_checkpoint(m, tmp_path/'m.pth'))
     with torch.no_grad(): assert_close(again(x), m(x), rtol=0, atol=0)
-    assert again.patch_embed.img_size==tuple(x.shape[-2:])
+    assert again.patch_embed.img_size==m.patch_embed.img_size==tuple(x.shape[-2:])
+    if kind=='vit': assert m.patch_embed.num_patches==m.pos_embed.shape[1]
 
 @pytest.mark.parametrize('kind', SIZED)
 def test_dynamic_img_size(kind):
@@ -577,3 +578,6 @@ def test_dynamic_img_size(kind):
     assert m(sized(kind, 32, 32)).shape==(2,3)
     with pytest.raises(ValueError, match='images of 32x32 pixels are wanted, got 64x32: set_input_size'): m(sized(kind, 64, 32))
     with pytest.raises(ValueError, match='img_size must be a multiple of the patch'): m.set_input_size(33)
+    m.set_input_size((64,32))
+    assert m(sized(kind, 64, 32)).shape==(2,3)
+    with pytest.raises(ValueError, match='images of 64x32 pixels are wanted, got 32x32'): m(sized(kind, 32, 32))

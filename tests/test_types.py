@@ -31,6 +31,8 @@ v.forward_intermediates(x)
 s = ReversibleSequence([ReversibleBlock(head, head, drop_path=.1)])
 s.set_reversible(True, keep=.5, exact=True)
 y1, y2 = s(x, x)
+x1, x2 = s.inverse(y1, y2)
+x1, x2 = ReversibleBlock(head, head).inverse(y1, y2, exact=False)
 y1, y2 = revvit.couple(x, x, head, head)
 x1, x2 = revvit.uncouple(y1, y2, head, head)
 settings: dict = revvit.input_settings(m)
@@ -50,6 +52,7 @@ wrong = dict(
     classes="m.reset_classifier('three')",
     features="words: str = m.forward_features(x)",
     recipe="revvit.learner(revvit.digits_dls(), 3)",
+    back="words = s.inverse(y1, y2).upper()",
     report="report.lost")
 
 @pytest.fixture(scope='module')

@@ -7,6 +7,7 @@ __all__ = ['ReversibleBlock', 'stored_call', 'by_sequence', 'run_stored', 'why_s
 
 # %% ../../nbs/core/06_block.ipynb #5933c27a
 import threading, torch, warnings
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from weakref import WeakSet
@@ -23,6 +24,7 @@ from .engine import kernel_for, make_call
 # %% ../../nbs/core/06_block.ipynb #2b340db7
 class ReversibleBlock(nn.Module):
     "Two-stream residual block: `y1 = x1 + f(x2)`, then `y2 = x2 + g(y1)`"
+    inverse:Callable[...,tuple[torch.Tensor,torch.Tensor]]   # below
     def __init__(self,
         f:nn.Module, # Reads the second stream, images first; keeps its shape and treats each image alone
         g:nn.Module, # Reads the first output; likewise

@@ -37,13 +37,13 @@ class _Fused(Call):
         self.wanted,amp = needs,amp_dtype(self.device)
         self.off = nullcontext() if amp in (None,self.kernel.dtype) else torch.autocast(self.device.type, enabled=False)
 
-    def vjp(self, i, xs, d, wanted=True):
+    def vjp(self, i, xs, d, rebuild=True):
         part = part_of(xs[0], self.parts[i])
         if not part.shape[0]:
             return part[:0],[part[:0]],[torch.zeros_like(p) if w else None for p,w in zip(self.params, self.wanted)]
-        with self.off: o,gx,grads = self.kernel.vjp(part, self.scaled(d.to(self.kernel.result)), wanted)
+        with self.off: o,gx,grads = self.kernel.vjp(part, self.scaled(d.to(self.kernel.result)), rebuild)
         gp = self.sums(g if self.wanted[k] else None for k,g in zip(self.where, grads))
-        return self.scaled(o) if wanted else None,(gx,),gp
+        return self.scaled(o) if rebuild else None,(gx,),gp
 
     def done(self): self.kernel.end()
 
@@ -131,10 +131,10 @@ class Tape:
         amp:torch.dtype|None=None, # Type of autocast
         fresh:list|None=None, # For weights that have no gradient yet; one list for all runs of a call
         params:list|None=None, # For all weights; likewise
-        last:bool=True, # Whether its backward pass is the first of the call's
+        first_back:bool=True, # Whether the backward pass comes to this run before the call's other ones
     ):
         self.fresh,self.params = ([] if o is None else o for o in (fresh,params))
-        self.name,self.exact,self.amp,self.last = name,exact,amp,last
+        self.name,self.exact,self.amp,self.first_back = name,exact,amp,first_back
         self.hooked,self.y1,self.y2,self.task,self.start = saving_is_hooked(),None,None,None,None
 
     def begin(self, x1, x2):
@@ -175,7 +175,7 @@ def load(self:Tape, y1, y2, d):
     keep,self.task = self.hooked or keeps_graph(),graph_task()
     self.y1,self.y2 = (y.detach().clone() if keep else y.detach() for y in (y1,y2))
     if self.start is not None and not self.exact: self.start.reach((self.y1,self.y2))
-    if self.last: self.fresh[:] = [p for p in self.params if p.is_leaf and p.grad is None]
+    if self.first_back: self.fresh[:] = [p for p in self.params if p.is_leaf and p.grad is None]
 
 # %% ../../nbs/core/05_engine.ipynb #16072612
 class _Enter(Function):

@@ -200,7 +200,7 @@ def prepare(self:Call,
 
 # %% ../../nbs/core/03_replay.ipynb #6fa2e1e9
 @patch
-def vjp(self:Call, i, xs, d, wanted=True):
+def vjp(self:Call, i, xs, d, rebuild=True):
     "Part `i` once more: its scaled output, and gradients of the inputs and of `params`, for an output gradient `d`"
     parts,n = take(xs, self.parts[i])
     leaves = [p.detach().requires_grad_() for p in parts]

@@ -7,6 +7,7 @@ __all__ = ['ReversibleSequence']
 
 # %% ../../nbs/core/07_sequence.ipynb #325e73d5
 import torch
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import groupby
 from fastcore.basics import patch
@@ -21,6 +22,8 @@ from .block import ReversibleBlock, by_sequence, run_stored, stored_call, why_st
 # %% ../../nbs/core/07_sequence.ipynb #c18044d9
 class ReversibleSequence(nn.ModuleList):
     "Blocks one after another, their activations rebuilt instead of stored"
+    inverse:Callable[...,tuple[torch.Tensor,torch.Tensor]]   # below
+
     def __init__(self,
         blocks=(), # `ReversibleBlock`s, in order
         chunk:int|None=None, # Images at a time, in forward and backward; by default `chunk_size`
@@ -86,10 +89,11 @@ def _reverse(self:ReversibleSequence, x1, x2, tail, exact):
     runs = [(why,[o for _,o in g]) for why,g in groupby(numbered, lambda o: o[0])]
     if tail is not None and (not runs or runs[-1][0]): runs.append((None,[]))
     fresh,params,out,amp,last = [],[],(x1,x2),amp_dtype(x1.device),len(runs)-1
+    first_back = max((k for k,(why,_) in enumerate(runs) if why is None), default=None)
     for k,(why,blocks) in enumerate(runs):
         if why is None:
             name = _span(blocks) + (f' of {self.name}' if self.name else '')
-            tape = Tape(name, exact and bool(blocks), amp, fresh, params, k>=last-1)
+            tape = Tape(name, exact and bool(blocks), amp, fresh, params, k==first_back)
             out = self._rebuilt(blocks, *out, tail if k==last else None, tape, range(n-plan.x2, n))
         elif why is _KEPT: out = self._run_plainly(blocks, *out, exact)
         else:

@@ -110,6 +110,7 @@ class Watch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if draws and not self.drew: self.drew = rng_moved(self.device, before)
         given = [o for a in args for o in (a if isinstance(a, (tuple,list)) else [a])]
+        # zeros_like and such take a shape from their argument, and none of its numbers
         if any(map(self.knows, given)) and '_like' not in str(func) and not draws:
             outs = out if isinstance(out, (tuple,list)) else [out]
             new = [o for o in outs if isinstance(o, torch.Tensor) and id(o) not in self.roots]
