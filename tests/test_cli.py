@@ -462,6 +462,21 @@ def test_R39_a_killed_reader_ends_the_run(tmp_path):
     r = run(tmp_path, 'revvit_train', *words)
     assert r.returncode == 0 and [o.split(',')[0] for o in (tmp_path/'run/history.csv').read_text().split()] == ['epoch', *map(str, range(1, 13))], r.stderr
 
+@pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='needs /proc')
+@pytest.mark.parametrize('name,args', [('revvit_predict', ['many', '--batch-size', 1]), ('revvit_test', ['--data', 'classes', '--batch-size', 1])])
+def test_R39_a_killed_reader_ends_the_answers(name, args, work, tmp_path):
+    "Exit code 2 and one sentence that says what helps"
+    for i in range(10): (tmp_path/'classes'/str(i)).mkdir(parents=True)
+    for i in range(2000): os.link(work/'runs/digits/digit_3.png', tmp_path/'classes'/str(i%10)/f'{i}.png')
+    (tmp_path/'many').symlink_to(tmp_path/'classes')
+    p = subprocess.Popen([script(name), *map(str, args), '--weights', work/'runs/digits/checkpoint.pth', '--workers', '2'], cwd=tmp_path, env=env,
+                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    kids,end = Path(f'/proc/{p.pid}/task/{p.pid}/children'),time.monotonic()+240
+    while len(kids.read_text().split()) < 2 and p.poll() is None and time.monotonic() < end: time.sleep(.002)
+    os.kill(int(kids.read_text().split()[0]), signal.SIGKILL)
+    _,err = p.communicate(timeout=60)
+    assert p.returncode == 2 and err.count('\n') == 1 and 'a process that reads files was killed' in err and 'fewer --workers' in err, err
+
 def test_spoilt_training_stops(work, tmp_path, here):
     "R26 through the command: weights that are not finite end the run with exit code 1 and one sentence, before anything is saved"
     m = load_model(work/'runs/digits/checkpoint.pth')
@@ -972,10 +987,35 @@ def test_photographs_without_a_recipe(photos, here):
     top1 = re.search(r'top-1 [\d.]+ %', r.stdout)[0]
     r = here(photos, 'revvit_test', '--data', 'run/held-out.csv', '--weights', 'run/checkpoint.pth', '--workers', 0)
     assert r.returncode == 0 and r.stdout.startswith(top1) and '6 files' in r.stdout
+    for part,n in (('', 6), ('held-out', 6), ('all', 30)):
+        words = ['--data', photos/'photos', '--weights', 'run/checkpoint.pth', '--workers', 0, *(['--part', part] if part else [])]
+        r = here(photos, 'revvit_test', *words, '--on-bad', 'skip')
+        assert r.returncode == 0 and f'; {n} files in' in r.stdout and (n == 30 or r.stdout.startswith(top1)), (part, r)
+        assert ('counted are the files that the run in run held out' in r.stderr) == (n == 6)
+    (photos/'elsewhere').mkdir()
+    shutil.copy(photos/'run/checkpoint.pth', photos/'elsewhere')
+    for args,said in ((['--part', 'held-out'], 'no held-out.csv beside the weights'), (['--part', 'some'], "--part must be held-out or all, got 'some'")):
+        only_sentence(here(photos, 'revvit_test', '--data', 'photos', '--weights', 'elsewhere/checkpoint.pth', *args), said)
     line = ['--weights', 'run/checkpoint.pth', '--freeze', 'backbone', '--layer-decay', .5, '--backbone-lr', 1e-4, '--accumulate', 2, '--epochs', 1, '--workers', 0]
     assert here(photos, 'revvit_train', '--data', 'photos', '--out', 'tuned', *line).returncode == 0
     a,b = (load_model(photos/o/'checkpoint.pth').state_dict() for o in ('run', 'tuned'))
     assert {k for k in a if not torch.equal(a[k], b[k])} == {'head.weight', 'head.bias'}
+
+def test_photographs_that_cannot_be_read(photos, here):
+    "Left out, counted and named without a word from the user; an error on demand, which says how to go on"
+    torn = photos/'photos/red/torn.png'
+    torn.write_bytes((photos/'photos/red/1.png').read_bytes()[:200]), (photos/'photos/green/empty.png').touch()
+    words = ['--data', 'photos', '--epochs', 1, '--workers', 0]
+    with pytest.warns(UserWarning) as said: r = here(photos, 'revvit_train', *words, '--out', 'run')
+    names = {Path(o.split()[0]).name for o in (photos/'run/held-out.csv').read_text().splitlines()}
+    assert r.returncode == 0 and json.loads((photos/'run/config.json').read_text())['on_bad'] == 'skip'
+    assert any('1 unreadable file is left out: photos/green/empty.png' in str(o.message) for o in said)
+    if 'torn.png' in names: assert '(1 more cannot be read)' in r.stdout
+    else: assert any('cannot be read and are left out: photos/red/torn.png' in str(o.message) for o in said)
+    (photos/'photos/green/empty.png').unlink()
+    only_sentence(here(photos, 'revvit_train', *words, '--on-bad', 'raise', '--out', 'other'), 'torn.png: the image cannot be read')
+    r = here(photos, 'revvit_test', '--data', 'photos', '--part', 'all', '--weights', 'run/checkpoint.pth', '--workers', 0)
+    assert r.returncode == 2 and r.stderr.endswith('; --on-bad skip leaves out what cannot be read\n')
 
 def test_films_without_a_recipe(tmp_path, here):
     for name in ('left', 'right'):

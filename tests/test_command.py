@@ -1,11 +1,12 @@
 "How functions become commands, what comes back from them, and where a run goes"
-import os
+import os, warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import revvit
 from fastcore.basics import store_attr
+from revvit.data.loader import UnreadableFile
 from revvit.training.recipes import recipes
 from revvit.use import cli, predict, runs, train
 from revvit.use.command import FlagGroup, all_flags, command, command_line, flags_of, flags_parser, one_sentence
@@ -110,6 +111,7 @@ def test_version(name, capsys):
 
 kinds = dict(value=ValueError('two\nlines'), missing=FileNotFoundError(2, 'No such file', 'a.png'),
     killed=ChildProcessError('a reader is gone'), pipe=BrokenPipeError(), full=MemoryError(), stop=KeyboardInterrupt(),
+    torn=UnreadableFile('a.png: torn'), reader=RuntimeError('DataLoader worker (pid(s) 3, 4) exited unexpectedly'),
     flag=ValueError("how_so must be well, and how_so='x' or how_so=True is not"), nan=FloatingPointError('nan'))
 
 @command
@@ -123,6 +125,7 @@ def ends(
 @pytest.mark.parametrize('words,code,said', [('', 0, ''), ('--how-so value', 2, 'two lines'),
     ('--how_so=missing', 2, 'a.png: No such file'), ('--how-so nan', 1, 'nan'), ('--how-so killed', 1, 'a reader is gone'),
     ('--how-so pipe', 141, ''), ('--how-so full', 2, 'out of memory on the CPU'), ('--how-so stop', 130, 'interrupted'),
+    ('--how-so torn', 2, 'a.png: torn'), ('--how-so reader', 2, 'a process that reads files was killed, most often for want of memory'),
     ('--how-so flag', 2, "--how-so must be well, and --how-so 'x' or --how-so is not"),
     ('--what', 2, 'unrecognized arguments: --what (see ends --help)')])
 def test_ends(words, code, said, monkeypatch, capsys):
@@ -158,6 +161,15 @@ def counts(
 def test_at_least_one(flag, capsys):
     assert counts([f'--{flag}', '1']) == 0 and counts([f'--{flag}', '0']) == 2
     assert capsys.readouterr().err == f'counts: --{flag} must be 1 or more, got 0\n'
+
+@command
+def warns(): "Print warnings as they would be shown"; print(*[warnings.formatwarning('two\nlines', o, 'x.py', 3) for o in (UserWarning, RuntimeWarning)], sep='', end='')
+
+def test_warnings_are_sentences(capsys):
+    "Those for users; and afterwards Python's way is back"
+    was = warnings.formatwarning
+    assert warns([]) == 0 and warnings.formatwarning is was
+    assert capsys.readouterr().out.startswith('warns: two lines\nx.py:3: RuntimeWarning: two\nlines\n')
 
 def test_no_workers_are_fine(capsys):
     assert counts(['--workers', '0']) == 0 and counts(['--workers', '-1']) == 2

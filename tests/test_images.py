@@ -265,6 +265,24 @@ def test_shown_pictures_have_their_colours_back(folder):
     mean,std = (torch.tensor(cfg[k])[:,None,None] for k in ('mean','std'))
     assert_close(shown, (x*std+mean).clip(0, 1), rtol=0, atol=1e-5)
 
+def in_memory(path, kind):
+    "A file as people have it in memory"
+    im = open_image(path)
+    return {'str': str(path), 'Path': Path(path), 'PIL': im, 'array': np.asarray(im), 'tensor': torch.from_numpy(np.asarray(im).transpose(2,0,1).copy()), 'prepared': ImageTransform(cfg)(path)}[kind]
+
+@pytest.mark.parametrize('workers', [0,2])
+@pytest.mark.parametrize('kind', ['str','Path','PIL','array','tensor','prepared','all of them'])
+def test_what_a_learner_may_be_asked(folder, kind, workers):
+    "`test_dl` of paths, PIL images, arrays and tensors, also mixed, in any order: the tensor of the file"
+    dls,files = loaders(folder, workers, aug=full),[*image_files(folder)[1]]
+    each = ['PIL','str','prepared','array','Path','tensor']
+    x, = map(torch.cat, zip(*plain(dls.test_dl([in_memory(f, each[i%6] if kind == 'all of them' else kind) for i,f in enumerate(files)]))))
+    assert torch.equal(x, torch.stack([ImageTransform(cfg)(f) for f in files]))
+
+@pytest.mark.parametrize('item,said', [(np.zeros((4,5)), 'expected an image as 8-bit array'), (np.zeros((3,4,5,3), np.uint8), 'several go in a list'), ('gone.png', 'gone.png: no such image file')], ids=['floats','stack','gone'])
+def test_what_a_learner_cannot_be_asked(folder, item, said):
+    with pytest.raises((ValueError, FileNotFoundError), match=said): loaders(folder).test_dl([item]).one_batch()
+
 @pytest.mark.parametrize('kw,said', [(dict(bs=27), '^26 training files are too few for a batch of 27: batch_size=26 or less would work'),
     (dict(bs=14, world=2), 'too few for each of 2 processes to have 14: batch_size=26 or less'), (dict(aug=full, tfm=len), 'give one of the two'),
     (dict(on_bad='hide'), "on_bad must be 'raise' or 'skip'"), (dict(valid='valid'), 'valid: no such folder')])

@@ -5,12 +5,17 @@ from dataclasses import replace
 from unittest import mock
 
 import numpy as np, pytest, torch
-from fastai.vision.all import Callback, CancelFitException, GradientClip
+from fastai.vision.all import Callback, CancelFitException, ClassificationInterpretation, GradientClip
+from matplotlib import pyplot as plt
+from pathlib import Path
+from PIL import Image
+from torch.testing import assert_close
 from revvit.models.files import read_checkpoint
 from revvit.models.checkpoints import load_model
 from revvit.data.digits import digits_dls
 from revvit.training.resume import keep_state, states
-from revvit.training.recipes import recipes
+from revvit.data.video_file import write_video
+from revvit.training.recipes import recipe_dls, recipes
 from revvit.training.callbacks import NonFiniteError
 from revvit.training.learner import learner, plot_history
 from test_resume import command
@@ -390,6 +395,50 @@ def test_the_picture_of_a_run(tmp_path):
     quiet(ran, 'get_preds'), quiet(ran, 'validate')
     assert {o.name: o.stat().st_mtime_ns for o in ran.path.iterdir()} == was
     with pytest.raises(ValueError, match='nothing to plot'): plot_history(ran)
+
+# ---------------------------------------------------------------- fastai's words about a trained learner
+
+def seen_by(kind, folder):
+    "A learner that has seen pictures or clips of two colours, its held-out files, and one of them in other forms"
+    if kind == 'images':
+        for i in range(24):
+            (path := folder/('dark','light')[i%2]).mkdir(parents=True, exist_ok=True)
+            Image.new('RGB', (32,32), ((i+20,)*3, (230-i,)*3)[i%2]).save(path/f'{i}.png')
+        r = replace(recipes['fine_tune_images'], model='revvit_tiny_patch16_224', model_args=dict(embed_dim=16, num_heads=2, depth=1), image_cfg=dict(recipes['fine_tune_images'].image_cfg, input_size=(3,32,32)))
+    else:
+        for i in range(12):
+            (path := folder/('dark','light')[i%2]).mkdir(parents=True, exist_ok=True)
+            write_video(path/f'{i}.mp4', np.full((8,32,32), (i+20, 230-i)[i%2], np.uint8))
+        r = replace(recipes['moving_digits'], data='clips', model_args=dict(recipes['moving_digits'].model_args, embed_dim=16, depth=1, stage_starts=()), image_cfg=dict(recipes['moving_digits'].image_cfg, input_size=(3,4,32,32)))
+    r = replace(r, batch_size=4, epochs=3, lr=1e-2, warmup_epochs=0, aug=None, layer_decay=None)
+    learn = quiet(learner(recipe_dls(r, folder, workers=0, device='cpu'), r), 'fit', 3)
+    path = [*learn.dls.held][0]
+    other = [Image.open(path), np.array(Image.open(path))] if kind == 'images' else []
+    return learn,[path, Path(path), learn.dls.valid_ds[0][0], *other]
+
+@pytest.mark.parametrize('kind', ['images','clips'])
+def test_fastais_words(kind, tmp_path):
+    "predict in every form, get_preds of a test_dl, show_batch, show_results, and ClassificationInterpretation"
+    learn,forms = seen_by(kind, tmp_path/'data')
+    with learn.no_bar(), learn.no_logging():
+        probs,y = learn.get_preds()
+        said = [learn.predict(o) for o in forms]
+        again,_ = learn.get_preds(dl=learn.dls.test_dl(forms))
+        seen = ClassificationInterpretation.from_learner(learn)
+        matrix = seen.confusion_matrix()
+        learn.dls.show_batch(max_n=3), learn.show_results(max_n=3), seen.plot_top_losses(2), seen.plot_confusion_matrix()
+        learn.show_results(ds_idx=0, max_n=2)
+    right = (probs.argmax(1) == y).float().mean()
+    for name,i,p in said:
+        assert name == learn.dls.vocab[i] == learn.dls.vocab[probs[0].argmax()]
+        assert_close(p, probs[0], rtol=0, atol=1e-6)
+    assert_close(again, probs[:1].expand_as(again), rtol=0, atol=1e-6)
+    assert_close(probs.sum(1), torch.ones(len(probs)))
+    assert matrix.sum() == len(y) and matrix.trace()/len(y) == pytest.approx(right.item()) and right == learn.validate()[1]
+    worst = plt.figure(plt.get_fignums()[2]).axes[0].get_title() # prediction, actual, loss, probability
+    i = seen.top_losses(1)[1][0]
+    assert worst.startswith(f'{learn.dls.vocab[probs[i].argmax()]}/{learn.dls.vocab[y[i]]} / ')
+    plt.close('all')
 
 # ---------------------------------------------------------------- R6
 

@@ -14,7 +14,8 @@ from revvit.data.loader import UnreadableFile, seeded
 from revvit.data.digits import digits
 from revvit.use.evaluation import folder_items
 from revvit.data.video_file import Video, _scan, is_video
-from revvit.data.clips import (ClipAugment, ClipTransform, TensorVideo, TrainClips, _fit, _normalise, _rows, _same_draws,
+from revvit.data.film import TensorVideo
+from revvit.data.clips import (ClipAugment, ClipTransform, TrainClips, _fit, _normalise, _rows, _same_draws,
     clip_classes, clip_dls, clip_files, clip_indices, read_clip_list, view_starts)
 from revvit.data.moving_digits import directions, moving_digits, moving_digits_dls
 from test_training import same
@@ -431,6 +432,18 @@ def quiet(call):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always', UserWarning)
         return call(), [str(o.message) for o in said if o.category is UserWarning]
+
+@pytest.mark.parametrize('workers', [0,2])
+def test_what_a_learner_may_be_asked(data, workers):
+    "`test_dl` of paths and prepared tensors, mixed: the clip of the file; what has no rate of frames is refused"
+    loader = dls(data, workers=workers)
+    files = [*loader.held]
+    want = torch.stack([ClipTransform(CFG)(f)[0] for f in files])
+    items = [f if i%3 == 0 else Path(f) if i%3 == 1 else want[i] for i,f in enumerate(files)]
+    x, = map(torch.cat, zip(*batches(loader.test_dl(items))))
+    assert torch.equal(x, want)
+    for item in (Image.new('RGB', (64,48)), np.zeros((4,48,64,3), np.uint8)):
+        with pytest.raises(ValueError, match='expected a video file, or a prepared tensor'): loader.test_dl([item], num_workers=0).one_batch()
 
 @pytest.mark.parametrize('workers', [0,2])
 def test_R36_policy_raise_or_skip_never_another_label(data, tmp, workers):

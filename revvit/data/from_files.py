@@ -11,9 +11,10 @@ import os, warnings
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
-import torch
+import numpy as np, torch
 from fastai.torch_core import TensorImageBase
 from fastai.vision.all import Categorize, DataLoaders, Datasets, Transform
+from PIL import Image
 from ..core.device import pick_device
 from .loader import EpochDL, UnreadableFile
 
@@ -118,9 +119,12 @@ def naming_file(
 
 # %% ../../nbs/data/20a_from_files.ipynb #2bd21886
 class _Read(Transform):
-    "Path to tensor in one part of the data"
+    "Path, or what else the reader takes, to tensor in one part of the data"
+    input_types = str,Path,Image.Image,np.ndarray,torch.Tensor
     def __init__(self, read, wrap, split_idx): self.read,self.wrap,self.split_idx = read,wrap,split_idx
-    def encodes(self, o:str|Path): return self.wrap(self.read(o))
+    def encodes(self, o):
+        prepared = isinstance(o, torch.Tensor) and o.is_floating_point()
+        return self.wrap(o.as_subclass(torch.Tensor) if prepared else self.read(o))
 
 class _Label(Transform):
     "Path to the name of its class"

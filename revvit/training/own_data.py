@@ -40,8 +40,8 @@ def own_recipe(
     kind,n = kind_of_data(path)
     name = f'fine_tune_{kind}'
     r = sized_recipe(name, n, weights)
-    start = "" if weights else (f", from random weights, which is why the model is small (weights to start from, by "
-                                f"--weights FILE or, with a network, --weights {r.pretrained}, make a better one)")
+    start = "" if weights else (f", from random weights, so the model is small (better: --weights FILE, or --weights "
+                                f"{r.pretrained}, which are fetched)")
     return name,r,f"{path} holds {n} {'images' if kind=='images' else 'videos'}: recipe {name}{start}"
 
 # %% ../../nbs/training/30a_own_data.ipynb #c6308d83

@@ -111,14 +111,16 @@ def class_index(
 
 # %% ../../nbs/use/41_evaluation.ipynb #634b1623
 def folder_items(
-    folder:str|Path, # Has one folder per class, or a folder `val` that does
+    folder:str|Path, # Has one folder per class, or a folder `val` (or valid, validation, test) that does
     model, # For its classes, and for whether it wants images or videos
 )->list: # (path, class index) of each file
     "Files in class folders"
+    from revvit.data.class_folders import part_folders
     from revvit.data.from_files import a_few, class_items, image_suffixes, is_hidden, video_suffixes
     folder = Path(folder)
     if not folder.is_dir(): raise ValueError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
-    if (folder/'val').is_dir(): folder = folder/'val'
+    parts = part_folders(folder)
+    if parts and parts[1].is_dir(): folder = parts[1]
     classes = sorted(o.name for o in folder.iterdir() if o.is_dir() and not is_hidden(o.name))
     if not classes: raise ValueError(f"{folder}: no class folders in it")
     try: index = class_index(classes, model)

@@ -14,7 +14,7 @@ import numpy as np
 from fastcore.basics import store_attr
 from ..models.files import replacing
 from .command import FlagGroup, command
-from .runs import newest_checkpoint
+from .runs import newest_checkpoint, run_held_out
 
 # %% ../../nbs/use/47_predict.ipynb #a5a275c3
 class WhichModel(FlagGroup):
@@ -46,8 +46,8 @@ class Looking(FlagGroup):
 def _model_for(which, device):
     "The model that the flags mean, with the class names of its text file"
     from revvit.use.inference import get_model, name_classes
-    last = which.weights is None and which.model is None
-    m = get_model(which.model, newest_checkpoint() if last else which.weights, device)
+    if which.weights is None and which.model is None: which.weights = newest_checkpoint()
+    m = get_model(which.model, which.weights, device)
     if which.classes is not None: name_classes(m, which.classes)
     return m
 
@@ -134,9 +134,12 @@ def _spoken(name):
 class TestData(FlagGroup):
     "Data"
     def __init__(self,
-        # Folder with one folder of images or videos per class, or one with such a folder val; for videos also a list
-        # with a line "path label" for each, or a folder with the list val.csv
+        # Folder with one folder of images or videos per class, or one with such a folder val; or a list with a line
+        # "path label" for each file; for videos also a folder with the list val.csv
         data:Path,
+        # Of a folder without val: all files, or held-out, those that the run which wrote --weights did not train on;
+        # by default held-out if the run was trained on this folder, else all
+        part:str|None=None,
         root:Path|None=None, # Where relative paths in a list of videos start; by default the folder of the list
         on_bad:str='raise', # A file that cannot be read: raise, or skip to count the others and say how many are out
     ): store_attr()
@@ -151,6 +154,17 @@ class Report(FlagGroup):
     ): store_attr()
 
 # %% ../../nbs/use/47_predict.ipynb #52ac95fb
+def _tested(test, weights):
+    "What is to be counted: `test.data`, or the list of what the run of these weights held out of it"
+    if test.part not in (None,'held-out','all'): raise ValueError(f"part must be held-out or all, got {test.part!r}")
+    held = None if test.part=='all' or weights is None else run_held_out(weights, test.data)
+    if held: _say(f"{test.data}: counted are the files that the run in {held.parent} held out, and none that it was "
+                  "trained on; --part all counts all", name='revvit_test')
+    elif test.part=='held-out':
+        raise ValueError(f"{test.data}: no held-out.csv beside the weights says what of it was held out: --part all "
+                         "counts all")
+    return held or test.data
+
 def _print_report(data, res, classes, faults, json):
     "What a test found, as text or as JSON"
     if faults: res['skipped'] = len(faults)
@@ -171,7 +185,8 @@ def revvit_test(test:TestData, which:WhichModel, look:Looking, say:Report):
     if say.predictions: check_report(say.predictions, ('.csv',))
     m,workers = _model_for(which, look.device),min(8, os.cpu_count() or 1) if look.workers is None else look.workers
     with _spoken('revvit_test'):
-        dl = eval_loader(m, test.data, look.batch_size, workers, look.views, test.root, look.crops, test.on_bad)
+        dl = eval_loader(m, _tested(test, which.weights), look.batch_size, workers, look.views, test.root, look.crops,
+                         test.on_bad)
     judged,names = judge(m, dl, amp=look.amp),class_names(m)
     if dl.faults: _say(f"{len(dl.faults)} of {len(dl.dataset)} files cannot be read and are not counted: "
                        f"{'; '.join(dl.faults[:3])}{'; ...' if dl.faults[3:] else ''}", name='revvit_test')

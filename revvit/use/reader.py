@@ -8,8 +8,7 @@ __all__ = ['takes_clips', 'model_transform', 'item_name', 'Reader']
 # %% ../../nbs/use/39_reader.ipynb #5de3a17a
 import os
 from pathlib import Path
-import numpy as np, torch
-from PIL import Image, ImageOps
+import torch
 from timm.data import resolve_model_data_config
 from ..models.checkpoints import input_settings
 from ..models.files import check_local
@@ -34,18 +33,6 @@ def model_transform(
     return crop_transform(cfg, views, crops)
 
 # %% ../../nbs/use/39_reader.ipynb #f4faa26b
-def _picture(item, channels):
-    "A PIL image, an array or an 8-bit tensor as a Pillow image, as `open_image` gives it"
-    from revvit.data.images import as_mode
-    if isinstance(item, torch.Tensor): item = item.cpu().movedim(0, -1).numpy()
-    if isinstance(item, np.ndarray):
-        if item.ndim==3 and item.shape[2]==1: item = item[:,:,0]
-        if item.dtype!=np.uint8 or not (item.ndim==2 or item.ndim==3 and item.shape[2]==3):
-            raise ValueError(f"expected an image as 8-bit array (H, W, 3) or (H, W), got {item.dtype} of shape "
-                             f"{item.shape}; several go in a list")
-        item = Image.fromarray(np.ascontiguousarray(item))
-    return as_mode(ImageOps.exif_transpose(item), 'L' if channels==1 else 'RGB')
-
 def item_name(
     item, # A path, a PIL image, an array or a tensor
 )->str:
@@ -75,5 +62,5 @@ class Reader:
             raise ValueError(f"{item_name(item)}: an image, but the model takes clips of {clips} frames: a video file, "
                              "or a prepared tensor (C, T, H, W)")
         if is_path and not clips and is_video(item): raise ValueError(f"{item}: a video, but the model takes images")
-        x = self.tfm(item) if is_path else self.tfm.tfm(_picture(item, self.tfm.channels))
+        x = self.tfm(item)
         return x if clips or x.ndim==4 else x[None]

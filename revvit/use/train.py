@@ -32,7 +32,7 @@ def _check_flags(flags):
     if flags.keep is not None and not 0<=flags.keep<=1: raise ValueError(f"keep must be from 0 to 1, got {flags.keep}")
     for k,known in dict(amp=('auto','bf16','fp16','off'), on_bad=('raise','skip')).items():
         v = getattr(flags, k)
-        if v not in known: raise ValueError(f"{k} must be {', '.join(known[:-1])} or {known[-1]}, got {v!r}")
+        if v not in (None, *known): raise ValueError(f"{k} must be {', '.join(known[:-1])} or {known[-1]}, got {v!r}")
     for k in ('new_head','new_size'):
         if getattr(flags, k) and not flags.weights:
             raise ValueError(f"{k}=True goes with --weights: name the file to start from, or leave it out")
@@ -56,7 +56,9 @@ def _recipe(flags):
     from revvit.use.choices import changed_recipe, fit_to_weights, named_recipe
     _check_flags(flags)
     flags.recipe,r = named_recipe(flags.recipe, flags.data, flags.weights)
-    if flags.weights and flags.recipe.startswith('fine_tune_'):
+    own = flags.recipe.startswith('fine_tune_')
+    if flags.on_bad is None: flags.on_bad = 'skip' if own else 'raise'
+    if flags.weights and own:
         flags.new_head = True
         if flags.model is None: r = fit_to_weights(r, flags.weights)
     names = 'epochs batch_size lr accumulate model img_size frames average freeze layer_decay backbone_lr'.split()
@@ -109,6 +111,7 @@ def _train(r, flags):
         cfg = run_config(r, learn, **told)
         for k,v in cfg.items(): print(f'{k:16} {v}')
         write_file(out/'config.json', dumps(cfg, indent=1))
+        if r.data in ('images','clips'): write_held_out(out, learn.dls.held)
         add_boards(learn, [o for o in BOARDS if getattr(flags, o)], cfg)
     took = fit_run(learn, r.epochs, out/'checkpoint.pth')
     return learn,None if rank_distrib() else took
@@ -128,8 +131,7 @@ def _finish(learn, r, flags, took):
         best = accuracy_line(out, r, folder, flags.workers, device)
         sample = folder/(folder/'val.csv').read_text().split()[0]
     else:
-        held = write_held_out(out, learn.dls.held)
-        best = accuracy_line(out, r, held, _own_data(r, flags)[1]['workers'], device, flags.on_bad)
+        best = accuracy_line(out, r, out/'held-out.csv', _own_data(r, flags)[1]['workers'], device, flags.on_bad)
         sample = next(iter(learn.dls.held))
     print(f"{best}, {took:.0f} s of training; in {out}: {', '.join(sorted(o.name for o in out.iterdir()))}")
     if sample: print(f"Now try: revvit_predict {shlex.quote(str(sample))}{elsewhere}")
@@ -178,8 +180,9 @@ class DataFlags(FlagGroup):
         root:Path|None=None, # Where relative paths in lists of videos start; by default the folder of the list
         # Processes that read data; by default 0 for the digits, else one for each core, at most 16
         workers:int|None=None,
-        # Files that cannot be read: raise ends the run with the first, skip leaves out and counts them
-        on_bad:str='raise',
+        # Files that cannot be read: raise ends the run with the first, skip leaves out and counts them; by default
+        # skip for fine_tune_images and fine_tune_clips, else raise
+        on_bad:str|None=None,
         # Accept a file that is in the training and in the test data; by default that is an error
         allow_shared:bool=False,
     ): store_attr()
