@@ -6,8 +6,10 @@ from unittest import mock
 
 import pytest, torch
 from torch import nn
+import revvit
 from revvit.core import exact, state
 from revvit.core.dial import chunk_size
+from revvit.core.memory import peak_bytes
 from revvit.core.replay import Call, check_repeatable, equal_parts, part_of
 from revvit.core.state import Record
 
@@ -96,3 +98,66 @@ def test_a_gradient_is_no_change():
     call = Call(Record(m), 'f', torch.ones(3, 2), 2)
     m.weight.grad = torch.ones(2, 2)
     call.prepare([True]*2)
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x@w.t()
+    @staticmethod
+    def backward(ctx, d):
+        x,w = ctx.saved_tensors
+        return d@w,d.t()@x
+
+class Tail(nn.Module):
+    "Both streams through a layer, in one of several ways"
+    def __init__(self, kind):
+        super().__init__()
+        self.kind,self.fc,self.idle = kind,nn.Linear(16, 8),nn.Linear(2, 2)
+        if kind=='hook': self.fc.weight.register_hook(lambda g: 2*g)
+        if kind=='frozen': self.fc.bias.requires_grad_(False)
+        if kind=='twice': self.more = self.fc
+        if kind=='dropout': self.drop = nn.Dropout(.3)
+        if kind=='embedding': self.table = nn.Embedding(3, 16, sparse=True)
+
+    def forward(self, a, b):
+        x = torch.cat((a,b), 1)
+        if self.kind=='function': return Product.apply(x, self.fc.weight)+self.fc.bias
+        if self.kind=='dropout': x = self.drop(x)
+        if self.kind=='embedding': x = x*self.table(torch.zeros(len(x), dtype=torch.long))
+        o = self.fc(x)
+        return o*self.more(x).tanh() if self.kind=='twice' else o
+
+KINDS = ['plain','hook','frozen','twice','dropout','embedding','function']
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('images', [1,2,5,6])
+def test_gradients_of_a_tail_in_parts(kind, images):
+    "From the second part on they are added as they come, and are what ordinary autograd says"
+    found = []
+    for on in (True,False):
+        torch.manual_seed(0)
+        blocks = [revvit.ReversibleBlock(nn.Linear(8, 8), nn.Linear(8, 8))]
+        seq,tail = revvit.ReversibleSequence(blocks, chunk=2).double(),Tail(kind).double()
+        seq.set_reversible(on)
+        x = torch.randn(images, 8, dtype=torch.float64)
+        torch.manual_seed(1)
+        seq(x, x, tail=tail).square().sum().backward()
+        found.append({n:p.grad for m in (seq,tail) for n,p in m.named_parameters()})
+    for n,g in found[1].items():
+        if g is None: assert found[0][n] is None
+        else: torch.testing.assert_close(found[0][n].to_dense(), g.to_dense())
+
+def test_a_tail_in_parts_has_one_set_of_gradients():
+    "Beside the sum there is one weight's gradient at a time, not all of them"
+    tail = nn.Sequential(*(nn.Linear(512, 512) for _ in range(6)))
+    class Fuse(nn.Module):
+        def __init__(self): super().__init__(); self.layers = tail
+        def forward(self, a, b): return self.layers(a+b)
+    seq,fuse = revvit.ReversibleSequence([], chunk=2),Fuse()
+    for p in fuse.parameters(): p.grad = torch.zeros_like(p)
+    def peak(images):
+        x = torch.randn(images, 512, requires_grad=True)
+        return peak_bytes(lambda: seq(x, x, tail=fuse).sum().backward())
+    one = tail[0].weight.nbytes
+    assert peak(4)-peak(2) < 2*one   # six without it

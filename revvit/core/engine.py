@@ -100,7 +100,7 @@ def _own_memory(g, taken):
 def _accumulate(acc, new, taken):
     "Add the gradients `new` to the list `acc`, in place after the first; without `taken` each has memory of its own"
     for i,g in enumerate(new):
-        if g is None: continue
+        if g is None or g is acc[i]: continue
         dense = g.layout==torch.strided
         if acc[i] is None: acc[i] = _own_memory(g, taken) if dense and taken is not None else g
         else: acc[i] = acc[i].add_(g) if dense else acc[i]+g
@@ -274,6 +274,7 @@ def _tail_back(call, y1, y2, d, needs, start):
             if ds[k] is None: ds[k] = torch.zeros_like(y1)  # not before: the first part's graph was the larger
             ds[k][rows] = g
         _accumulate(acc, gp, taken)
+        if i==len(call.parts)-1>0: call.sum_into(acc)
         del o,gs,gp
     call.done()
     if errors: start.compare(torch.cat(errors[::-1]))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALL', 'Lend', 'lent_now', 'part_of', 'equal_parts', 'take', 'Call', 'listened_to', 'Trained', 'as_trained',
-           'refuse_statistics', 'check_repeatable', 'recompute']
+           'refuse_statistics', 'check_repeatable']
 
 # %% ../../nbs/core/03_replay.ipynb #0a91b88a
 import threading, torch, warnings, weakref
@@ -14,9 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from .coupling import call_checked
-from .exact import start_of
 from .state import *
 
 # %% ../../nbs/core/03_replay.ipynb #5781529b
@@ -187,16 +185,16 @@ def prepare(self:Call,
     "Get ready for the repetition of all parts"
     self.record.check(self.name)
     self.record.check_layers(self.name)
-    pairs,self.wanted,self.where,self.searched = [],[],[],False
+    self.pairs,self.wanted,self.where,self.searched,self.summing = [],[],[],False,False
     for i,((owner,key,p,_),n) in enumerate(zip(self.record.params, needs)):
         now,q = owner._parameters.get(key),p
         if now is not p or p._backward_hooks or n!=p.requires_grad or not p.is_leaf:
             q = p.detach().requires_grad_(n)
-            pairs += [(now,q),(p,q)]
+            self.pairs += [(now,q),(p,q)]
         if n:
             self.wanted.append(q)
             self.where.append(i)
-    self.lend = partial(Lend, pairs) if pairs else nullcontext
+    self.lend = partial(Lend, self.pairs) if self.pairs else nullcontext
 
 # %% ../../nbs/core/03_replay.ipynb #6fa2e1e9
 @patch
@@ -214,8 +212,9 @@ def vjp(self:Call, i, xs, d, rebuild=True):
         if now: set_rng_states(self.device, now)
     with torch.enable_grad(): o = self.scaled(o if n else o[:0])
     wanted = [*leaves, *self.wanted]
-    known = [*wanted, *(p for p in self.params if not p._backward_hooks)]   # a hook would run here and again outside
+    known = wanted if self.summing else [*wanted, *(p for p in self.params if not p._backward_hooks)]   # hooks run once
     if not self.searched and (t:=_unregistered_tensor(o, known)) is not None:
+        if self.summing: return self.sum_apart().vjp(i, xs, d)
         if any(t is p for p in self.params):
             raise RuntimeError(f"{self.name} gives a weight of shape {tuple(t.shape)}, on which there is a hook, to a "
                                "function that is not PyTorch's, where the hook would run twice: remove it, or call "
@@ -228,7 +227,27 @@ def vjp(self:Call, i, xs, d, rebuild=True):
     return o.detach(),[None if g is None else g[:n] for g in grads[:len(xs)]],self.sums(grads[len(xs):])
 
 @patch
-def done(self:Call): self.wanted = self.lend = None
+def done(self:Call): self.wanted = self.lend = self.pairs = None
+
+# %% ../../nbs/core/03_replay.ipynb #97997743
+@patch
+def sum_into(self:Call,
+    sums:list, # For each of `params` the gradient of the parts so far, or None; changed
+):
+    "From the next part on, let each weight's gradient be added as it comes"
+    own = [q.detach().requires_grad_() for q in self.wanted]
+    for q,k in zip(own, self.where):
+        if sums[k] is not None and sums[k].layout==torch.strided: q.register_hook(sums[k].add_)   # and goes on as the sum
+    new = {id(a):b for a,b in zip(self.wanted, own)}
+    self.apart,pairs = (self.wanted,self.lend),[(a,new.get(id(b), b)) for a,b in self.pairs]
+    self.lend = partial(Lend, [*pairs, *zip(self.wanted, own)])
+    self.wanted,self.searched,self.summing = own,False,True
+
+@patch
+def sum_apart(self:Call):
+    "Take `sum_into` back"
+    (self.wanted,self.lend),self.searched,self.summing = self.apart,False,False
+    return self
 
 # %% ../../nbs/core/03_replay.ipynb #2a29fa5c
 def refuse_statistics(name, m, modules):
@@ -252,47 +271,3 @@ def check_repeatable(name, m):
             raise ValueError(f"{name} holds a lazy module {where} that has no weights yet: "
                              "call it once on its own first")
     refuse_statistics(name, m, m.modules())
-
-# %% ../../nbs/core/03_replay.ipynb #4ac5bb4d
-class _Twice:
-    "`fn(m, *args)`, the second time as the first"
-    def __init__(self, fn, m, x):
-        self.fn,self.m,self.device = fn,m,x.device
-        self.record = self.states = self.start = None
-
-    def __call__(self, *args): return self.first(*args) if self.record is None else self.second(*args)
-
-    def first(self, *args):
-        self.record,before = Record(self.m),rng_states(self.device)
-        o,repeat = self.fn(self.m, *args),partial(self.fn, self.m, *args)
-        if rng_moved(self.device, before):
-            mine = may_draw(self.m, self.record.modules) or drew(self.m, repeat, self.device)
-            if mine: self.states = before
-        self.start = start_of((o,), 'what a stage transition computes again', amp=amp_dtype(self.device))
-        return o
-
-    def second(self, *args):
-        self.record.check('what is computed again')
-        now = rng_states(self.device) if self.states else None
-        lent = [(o._parameters.get(k),t) for o,k,t,_ in self.record.params if o._parameters.get(k) is not t]
-        try:
-            if now: set_rng_states(self.device, self.states)
-            with Lend(lent) if lent else nullcontext(): o = self.fn(self.m, *args)
-        finally:
-            if now: set_rng_states(self.device, now)
-        if self.start: self.start.compare(self.start.errors((o,)))
-        return o
-
-def recompute(
-    on:bool, # `False` calls `fn` as usual
-    fn, # Function of a module and tensors
-    m:nn.Module, # The module; `fn` uses its weights and no others
-    *args, # The tensors, the first with images first
-): # What `fn` returns, with images first
-    "`fn(m, *args)`, computed once more in the backward pass instead of keeping activations"
-    if not on or not torch.is_grad_enabled() or torch.compiler.is_compiling() or transforming(): return fn(m, *args)
-    pairs = lent_now()
-    def contexts(): return nullcontext(),Lend(pairs) if pairs else nullcontext()
-    with set_checkpoint_early_stop(False): # to the end, because the result is compared
-        twice = _Twice(fn, m, args[0])
-        return checkpoint(twice, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)

@@ -15,7 +15,7 @@ from torch import nn
 from .coupling import check_alike, describe
 from .exact import GRID, Snap, grid, hear
 from .state import amp_dtype, transforming
-from .dial import Plan, check_keep, chunk_size, spend, stored_bytes
+from .dial import Plan, check_keep, chunk_size, spend, stored_bytes, tail_chunk_size
 from .engine import Tape, make_call, run_in_place
 from .block import ReversibleBlock, by_sequence, run_stored, stored_call, why_stored
 
@@ -76,7 +76,7 @@ def _rebuilt(self:ReversibleSequence, blocks, x1, x2, tail, tape, x2_of):
     chunk = self.chunk or chunk_size(x1)
     def calls(x):
         for i,b in blocks: yield *b.calls(i, x, chunk),i in x2_of
-    def last(x): return make_call(tail, 'the tail', x, chunk)
+    def last(x): return make_call(tail, 'the tail', x, self.chunk or tail_chunk_size(x))
     return run_in_place(x1, x2, tape, calls, None if tail is None else last)
 
 @patch
@@ -119,7 +119,7 @@ def _run_plainly(self:ReversibleSequence, blocks, x1, x2, exact):
 def _store(self:ReversibleSequence, x1, x2, tail, exact):
     "All blocks by ordinary autograd"
     x1,x2 = self._run_plainly(enumerate(self), x1, x2, exact)
-    return (x1,x2) if tail is None else stored_call(tail, (x1,x2), self.chunk, exact)
+    return (x1,x2) if tail is None else stored_call(tail, (x1,x2), self.chunk or tail_chunk_size(x1), exact)
 
 # %% ../../nbs/core/07_sequence.ipynb #e9d8ad80
 @patch

@@ -11,7 +11,7 @@ from torch import nn
 from fastcore.basics import patch
 from torch.nn import functional as F
 from timm.layers import register_notrace_function, register_notrace_module, resample_abs_pos_embed
-from ..core.replay import recompute
+from ..core.recompute import recompute
 from .fused import ORIGINAL, product_dtype, untouched
 from .fused_pooling import FusedPooling, head_conv, head_kernels
 from .layers import MeanFusion, MlpFusion, PreNorm, check_heads, check_images, mlp_half, sides_text
