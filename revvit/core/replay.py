@@ -237,7 +237,8 @@ def sum_into(self:Call,
     "From the next part on, let each weight's gradient be added as it comes"
     own = [q.detach().requires_grad_() for q in self.wanted]
     for q,k in zip(own, self.where):
-        if sums[k] is not None and sums[k].layout==torch.strided: q.register_hook(sums[k].add_)   # and goes on as the sum
+        dense = sums[k] is not None and sums[k].layout==torch.strided
+        if dense: q.register_hook(sums[k].add_)   # what goes on is the sum
     new = {id(a):b for a,b in zip(self.wanted, own)}
     self.apart,pairs = (self.wanted,self.lend),[(a,new.get(id(b), b)) for a,b in self.pairs]
     self.lend = partial(Lend, [*pairs, *zip(self.wanted, own)])
