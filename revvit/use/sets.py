@@ -64,7 +64,7 @@ def small_set():
         compare('revvit_small_patch16_224', 4, ('eager','checkpointed','blocks compiled'), tuple(settings)),
         compare('revvit_tiny_patch16_224', 2, ours=('reversible','stored'), amp='bfloat16'),
         compare('revvit_small_patch16_224', 4, ours=('reversible',), args=dropped, measures=drawn),
-        compare('revmvit_base_224', 2, ('eager',), ours=('reversible','stored'), measures=drawn, rounds=2),
+        compare('revmvit_base_224', 8, ('eager',), ours=('reversible','stored'), measures=drawn, rounds=2),
         compare('revmvit_base_16x4_224', 1, ours=('reversible',), measures=drawn, rounds=1)]
 
 def large_set():
