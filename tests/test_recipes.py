@@ -233,11 +233,13 @@ def test_what_cannot_be_frozen(upto):
 
 @pytest.mark.parametrize('mixup', [0., .8])
 def test_batches_of_a_step(mixup):
-    "22 batches make 5 steps of four and leave two out, with and without mixup, which leaves out an image of odd batches"
-    r = replace(recipe, epochs=1, batch_size=65, warmup_epochs=0, accumulate=4, mixup=mixup, model_args=tiny)
+    """22 batches make 5 steps of four and leave two out, in each of two epochs, with and without mixup, which leaves out an
+    image of odd batches"""
+    r = replace(recipe, epochs=2, batch_size=65, warmup_epochs=0, accumulate=4, mixup=mixup, model_args=tiny)
     learn,steps = learner(recipe_dls(r, device='cpu'), r),[]
-    with learn.no_bar(), learn.no_logging(), learn.added_cbs(Callback(after_step=lambda *_: steps.append(learn.train_iter))): learn.fit(1)
-    assert steps == [3,7,11,15,19]
+    note = Callback(after_step=lambda *_: steps.append(learn.train_iter))
+    with learn.no_bar(), learn.no_logging(), learn.added_cbs(note): learn.fit(2)
+    assert steps == [3,7,11,15,19, 25,29,33,37,41]
 
 # ---------------------------------------------------------------- own data, and recipes as files
 
