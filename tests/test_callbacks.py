@@ -1,5 +1,5 @@
 "Callbacks one by one: what they draw, mix, average, stop and log, in all their cases"
-import csv, io, itertools, math, os, random, sys
+import csv, io, itertools, math, os, random, re, sys
 from contextlib import ExitStack, redirect_stdout
 from functools import partial
 from types import SimpleNamespace
@@ -251,6 +251,26 @@ def test_an_hour_of_lines_is_short(monkeypatch, rate):
             log._print(line)
         log._print('the end', must=True)
     assert 80_000 < len(said.getvalue()) < 100_000 and said.getvalue().endswith('the end\n')
+
+class Tick(Callback):
+    "A step takes so many seconds of a clock that nobody waits for"
+    order = -90
+    def __init__(self, each): self.each,self.now = each,0
+    def after_loss(self): self.now += self.each*self.training
+
+@pytest.mark.parametrize('epochs,each', [(400, 3.), (60, 20.)], ids=['short epochs','long epochs'])
+def test_an_hour_reads_as_a_report(monkeypatch, epochs, each):
+    "Of a whole run of 3,600 seconds: under 100 kB, no line over 200 characters, epochs in order, a sign of life at least every half minute, the last epoch without time left"
+    tick,model = Tick(each),nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
+    monkeypatch.setattr(progress, 'perf_counter', lambda: tick.now)
+    learn = Learner(digits_dls(bs=479, device='cpu'), model, loss_func=MixLoss(), metrics=accuracy, cbs=[PlainLog(), tick])
+    with redirect_stdout(io.StringIO()) as said: learn.fit(epochs, 1e-3)
+    text,lines = said.getvalue(),said.getvalue().splitlines()
+    assert tick.now == 3600 and 10_000 < len(text.encode()) < 100_000 and max(map(len, lines)) <= 200 and all(o.isprintable() for o in lines)
+    at = [(int(m[1]), int(m[2] or 99)) for m in (re.fullmatch(rf'epoch (\d+) of {epochs}(?:, step (\d) of 3)?: .*', o) for o in lines)]
+    assert at == sorted(set(at)) and at[0] == (1, 1) and at[-1] == (epochs, 99) and 'left' not in lines[-1]
+    steps = [3*(e-1)+min(s, 3) for e,s in at]
+    assert max(b-a for a,b in zip(steps, steps[1:]))*each <= 40
 
 @pytest.mark.parametrize('pred,y,n', [([[1.,0],[0,1]], [0,0], 1), ([[1.,0],[0,1]], [[.9,.1],[.2,.8]], 2),
     ([[1.,0],[0,1]], [.5,.5], None), ([1.,0], [1,0], None)], ids=['classes','mixed','numbers','no classes'])

@@ -2,6 +2,7 @@
 import csv, itertools, json, math, os, re, shutil, signal, subprocess, sys, threading, time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -150,6 +151,15 @@ def test_tensorboard_has_the_figures(tmp_path, here):
     found = EventAccumulator(str(tmp_path/'run/tensorboard'))
     found.Reload()
     assert {'train/loss','train/lr','epoch/accuracy','epoch/top_5'} <= {*found.Tags()['scalars']}
+
+def test_weights_and_biases_has_the_figures(tmp_path, here, monkeypatch):
+    "By a module in its place: what a run says of itself goes there, with its step"
+    told = []
+    board = SimpleNamespace(init=lambda **kw: SimpleNamespace(config=kw['config'], log=lambda numbers,step: told.append((step, {*numbers}))))
+    monkeypatch.setitem(sys.modules, 'wandb', board)
+    monkeypatch.setattr('revvit.training.progress.find_spec', lambda name: True)
+    assert here(tmp_path, 'revvit_train', *'--epochs 1 --batch-size 512 --wandb --out run'.split()).returncode == 0
+    assert any('train/loss' in names for _,names in told) and any('epoch/accuracy' in names for _,names in told) and told[-1][0] == 2
 
 def test_last_line_can_be_typed(work):
     "The closing line of the training is a command that works, from the same folder, in a shell"

@@ -48,6 +48,25 @@ def test_generated_files_agree(tool):
 @pytest.mark.parametrize('command', ['pip install . && revvit_train', "pip install -e '.[dev]' && nbdev_test && pytest"])
 def test_readme_has_the_two_commands(command): assert command in (root/'README.md').read_text(encoding='utf8')
 
+def tested(command):
+    "The source of all tests and fixtures that have to do with a command"
+    out = []
+    for p in (root/'tests').glob('test_*.py'):
+        text = p.read_text(encoding='utf8')
+        for o in ast.parse(text).body:
+            first = min([o.lineno, *(d.lineno for d in getattr(o, 'decorator_list', ()))])
+            mine = '\n'.join(text.splitlines()[first-1:o.end_lineno])
+            if command in mine or p.name == 'test_bench.py' and command == 'revvit_bench': out.append(mine)
+    return '\n'.join(out)
+
+@pytest.mark.parametrize('command', [o.split('=')[0] for o in settings['console_scripts'].split()])
+def test_every_flag_is_tried(command):
+    "Each flag of --help stands in a test of its command"
+    from revvit.use import cli
+    from revvit.use.command import flags_parser
+    flags = [o for a in flags_parser(getattr(cli, command).__wrapped__)._actions for o in a.option_strings if o.startswith('--')]
+    assert len(flags) > 5 and not [o for o in flags if not re.search(rf'(?<![\w-]){o}(?![\w-])', tested(command))]
+
 @pytest.mark.parametrize('path', numbered, ids=name)
 def test_number_and_module(path):
     "Notebook NN_name makes revvit/name.py, and no other notebook has its number or its module"
