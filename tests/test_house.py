@@ -65,7 +65,8 @@ def test_every_flag_is_tried(command):
     from revvit.use import cli
     from revvit.use.command import flags_parser
     flags = [o for a in flags_parser(getattr(cli, command).__wrapped__)._actions for o in a.option_strings if o.startswith('--')]
-    assert len(flags) > 5 and not [o for o in flags if not re.search(rf'(?<![\w-]){o}(?![\w-])', tested(command))]
+    text = tested(command)
+    assert len(flags) > 5 and not [o for o in flags if not re.search(rf'(?<![\w-]){o}(?![\w-])', text)]
 
 @pytest.mark.parametrize('path', numbered, ids=name)
 def test_number_and_module(path):
