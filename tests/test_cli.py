@@ -176,7 +176,7 @@ def test_json_and_several_files(work, here):
     assert len(a['pred_scores']) == 10 and abs(sum(a['pred_scores'])-1) < 1e-5 and a['pred_scores'] == b['pred_scores']
     assert a['pred_score'] == max(a['pred_scores']) == a['pred_scores'][a['pred_label']] and a['pred_class'] == str(a['pred_label'])
 
-@pytest.mark.parametrize('name,flags', [('revvit_train', 'recipe data print-recipe model img-size frames freeze layer-decay backbone-lr accumulate out epochs batch-size lr workers seed amp weights resume save-steps save-minutes chunk keep exact no-exact'), ('revvit_predict', 'weights model top views crops batch-size workers classes features device json version'),
+@pytest.mark.parametrize('name,flags', [('revvit_train', 'recipe data print-recipe model img-size frames freeze layer-decay backbone-lr accumulate clip step-in-backward out epochs batch-size lr workers seed amp weights resume save-steps save-minutes chunk keep exact no-exact'), ('revvit_predict', 'weights model top views crops batch-size workers classes features device json version'),
     ('revvit_test', 'data root on-bad weights model batch-size workers views crops classes device per-class confusion predictions json version'), ('revvit_bench', 'small models depths batch-sizes dtypes rivals settings memory minutes threads out device json')])
 def test_help(name, flags, capfd):
     with pytest.raises(SystemExit) as e: getattr(cli, name)(['--help'])
@@ -1092,6 +1092,16 @@ def test_photographs_that_cannot_be_read(photos, here):
     r = here(photos, 'revvit_test', '--data', 'photos', '--part', 'all', '--weights', 'run/checkpoint.pth', '--workers', 0)
     assert r.returncode == 2 and r.stderr.endswith('; --on-bad skip leaves out what cannot be read\n')
 
+def test_steps_in_the_backward_pass(tmp_path, here):
+    "The same weights, and config.json says how"
+    words = ['--epochs', 1, '--batch-size', 512, '--clip', 0]
+    for out,more in (('a', []), ('b', ['--step-in-backward'])):
+        assert here(tmp_path, 'revvit_train', *words, *more, '--out', out).returncode == 0
+    a,b = (load_model(tmp_path/o/'checkpoint.pth').state_dict() for o in 'ab')
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    cfgs = [json.loads((tmp_path/o/'config.json').read_text(encoding='utf8')) for o in 'ab']
+    assert [(o['clip'],o['step_in_backward']) for o in cfgs] == [(None,False),(None,True)]
+
 def test_films_without_a_recipe(tmp_path, here):
     for name in ('left', 'right'):
         (tmp_path/'films'/name).mkdir(parents=True)
@@ -1113,7 +1123,9 @@ def test_a_recipe_to_edit(tmp_path, here):
 @pytest.mark.parametrize('args,said', [(['--batch-size', 25], '24 training files are too few for a batch of 25: --batch-size 24 or less would work'),
     (['--model', 'resnet18'], '--model must be one of revmvit_base_224'), (['--img-size', 100], '--img-size must be a multiple of patch_size'), (['--frames', 8], '--frames is for clips'),
     (['--freeze', 7], '--freeze must be backbone or a number of blocks from 0 to 6'), (['--layer-decay', 2], '--layer-decay must be above 0 and at most 1'),
-    (['--accumulate', 9], '--accumulate must be at most the 8 batches'), (['--backbone-lr', 0], '--backbone-lr must be a number above 0'), (['--recipe', 'no.json'], 'no.json: no such recipe file'),
+    (['--accumulate', 9], '--accumulate must be at most the 8 batches'), (['--clip', -1], '--clip must be a number above 0'),
+    (['--step-in-backward'], '--step-in-backward does not go with --clip 1, the norm of all gradients at once'),
+    (['--step-in-backward', '--clip', 0, '--accumulate', 2], '--step-in-backward does not go with --accumulate 2'), (['--backbone-lr', 0], '--backbone-lr must be a number above 0'), (['--recipe', 'no.json'], 'no.json: no such recipe file'),
     (['--weights', 'no.pth'], 'no.pth'), (['--recipe', 'digits'], 'brings its own data')], ids=str)
 def test_own_data_refusals(args, said, photos, here):
     "One sentence, and no folder"

@@ -55,7 +55,7 @@ class StopOnNonFinite(Callback):
         self._stop(self._batch()+self._params()+self._result())
     def before_step(self):
         named = [(n,p) for n,p in unwrapped(self.model).named_parameters() if p.grad is not None]
-        norm = self._send(named) if self.late else self._check(named)
+        norm = self._send([n for n,_ in named], _norms(named)) if self.late else self._check(named)
         if self.clip: torch.nn.utils.clip_grads_with_norm_([p for _,p in named], self.clip, norm)
     def _check(self, named):
         "The norm of all gradients, read at once: one for the check and for the limit"
@@ -68,8 +68,8 @@ class StopOnNonFinite(Callback):
     def _stop(self, named, step=None, epoch=None):
         self.opt.zero_grad()
         if step is None: step,epoch = self.train_iter,self.epoch
-        raise NonFiniteError(f"step {step+1} (epoch {epoch+1}): {_first_bad(named)} is not finite; "
-                             f"stopped before the optimizer step, the weights are those of step {step}")
+        raise NonFiniteError(f"step {step+1} (epoch {epoch+1}): {_first_bad(named)} is not finite; {self._left(step)}")
+    def _left(self, step): return f"stopped before the optimizer step, the weights are those of step {step}"
 
 # %% ../../nbs/training/31_callbacks.ipynb #ee328d56
 @patch
@@ -108,17 +108,18 @@ def _brief(t):
     if t.ndim<2 or not t.is_floating_point(): return t.detach()
     return t.detach().flatten(1).sum(1, keepdim=True, dtype=torch.float32)
 
+def _norms(named): return torch.stack(torch._foreach_norm([p.grad for _,p in named]))
+
 @patch
-def _send(self:StopOnNonFinite, named):
+def _send(self:StopOnNonFinite, names, norms):
     "The norm of all gradients; the optimizer leaves out this step and all to come if it, or the loss, is not finite"
     self.settle()
-    norms = torch.stack(torch._foreach_norm([p.grad for _,p in named]))
     norm = torch.linalg.vector_norm(norms)
     bad = (~(norm.isfinite() & self.loss.detach().isfinite().all())).float()
     self.bad = bad if self.bad is None else torch.maximum(self.bad, bad)
     self.opt.opt.found_inf = self.bad
     seen = [[(n,_brief(t)) for n,t in o] for o in (self._batch(), self._result())]
-    self.sent = Later(self.bad),(self.train_iter,self.epoch),seen,[n for n,_ in named],norms
+    self.sent = Later(self.bad),(self.train_iter,self.epoch),seen,names,norms
     return norm
 
 # %% ../../nbs/training/31_callbacks.ipynb #a8fa8048

@@ -19,6 +19,7 @@ from revvit.training.callbacks import (LossLater, MixBatches, MixLoss, Schedule,
 from .layers import Accumulate, freeze, layer_groups
 from .logs import RunLog, SaveCheckpoint
 from .progress import PlainLog
+from .step_in_backward import StepInBackward
 
 # %% ../../nbs/training/32_learner.ipynb #a873bed3
 class _AdamW(OptimWrapper):
@@ -91,7 +92,8 @@ def learner(
     if model is None: model = recipe_model(recipe, classes, seed)
     if recipe.freeze is not None: freeze(model, recipe.freeze)
     r = _for_batches(recipe, dls.train.bs*max(1, num_distrib()))
-    cbs = [SeedRun(seed), StopOnNonFinite(r.clip), LossLater(), PlainLog(),
+    guard = StepInBackward() if r.step_in_backward else StopOnNonFinite(r.clip)
+    cbs = [SeedRun(seed), guard, LossLater(), PlainLog(),
            Schedule(r.warmup_epochs/r.epochs, r.warmup_lr, r.final_lr)]
     if r.mixup or r.cutmix: cbs.append(MixBatches(r.mixup, r.cutmix, r.smoothing, classes))
     if r.accumulate>1:

@@ -46,6 +46,7 @@ class Recipe:
     freeze:str|int|None=None # 'backbone', or how many blocks learn nothing, counted from the patches; None for none
     accumulate:int=1 # Batches whose mean gradient makes one step
     pretrained:str|None=None # Published weights that the recipe is meant to start from, by timm's name; None for none
+    step_in_backward:bool=False # Step with each gradient as it comes; without `clip`, and with `accumulate` 1
     def __post_init__(self): _check_recipe(self)
 
 # %% ../../nbs/training/30_recipes.ipynb #d0c7e236
@@ -63,6 +64,12 @@ def _check_recipe(r):
             raise ValueError(f"{k} must be from 0 to below {tops[k]}, got {v!r}")
     if r.layer_decay is not None and not 0<r.layer_decay<=1:
         raise ValueError(f"layer_decay must be above 0 and at most 1, got {r.layer_decay!r}")
+    if r.step_in_backward and r.clip is not None:
+        raise ValueError(f"step_in_backward=True does not go with clip={r.clip:g}, the norm of all gradients at once: "
+                         "train without a limit (None, or on the command line 0) and warm up longer")
+    if r.step_in_backward and r.accumulate>1:
+        raise ValueError(f"step_in_backward=True does not go with accumulate={r.accumulate}, the sum over several batches: "
+                         "take a larger batch, whose activations are rebuilt anyway")
 
 # %% ../../nbs/training/30_recipes.ipynb #3e229ce1
 @patch

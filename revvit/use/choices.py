@@ -67,13 +67,17 @@ def changed_recipe(
     freeze:str|None=None,
     layer_decay:float|None=None,
     backbone_lr:float|None=None,
+    clip:float|None=None, # 0 for no limit
+    step_in_backward:bool=False,
     **kwargs, # For `Recipe.changed`: `epochs`, `batch_size`, `lr`, `accumulate`
 )->Recipe: # None leaves the recipe's
     "The recipe with single settings changed"
     r = r.changed(**kwargs)
     if model is not None: r = _other_model(r, model)
     if img_size is not None or frames is not None: r = _other_size(r, img_size, frames)
-    single = dict(average=average, freeze=freeze, layer_decay=layer_decay, backbone_lr=backbone_lr)
+    single = dict(average=average, freeze=freeze, layer_decay=layer_decay, backbone_lr=backbone_lr,
+                  step_in_backward=step_in_backward or None)
+    if clip is not None: single['clip'],r = clip or None,replace(r, clip=None)
     return replace(r, **{k: v for k,v in single.items() if v is not None})
 
 # %% ../../nbs/use/45b_choices.ipynb #ca1c1193

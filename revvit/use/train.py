@@ -61,7 +61,8 @@ def _recipe(flags):
     if flags.weights and own:
         flags.new_head = True
         if flags.model is None: r = fit_to_weights(r, flags.weights)
-    names = 'epochs batch_size lr accumulate model img_size frames average freeze layer_decay backbone_lr'.split()
+    names = ('epochs batch_size lr accumulate model img_size frames average freeze layer_decay backbone_lr clip '
+             'step_in_backward').split()
     r = changed_recipe(r, **{k: getattr(flags, k) for k in names})
     if threads := flags.threads or r.threads: torch.set_num_threads(threads)
     return r
@@ -228,6 +229,10 @@ class TrainingFlags(FlagGroup):
         # Batches whose mean gradient makes one step; the learning rate changes in proportion without --lr; by default
         # the recipe's
         accumulate:int|None=None,
+        clip:float|None=None, # Longest gradient, as the norm over all weights; 0 for no limit; by default the recipe's
+        # Let each weight make its step as soon as its gradient is there, which is then let go: less memory, the same
+        # weights; goes without --clip and --accumulate; by default as the recipe says
+        step_in_backward:bool=False,
         # Decay per step of averaged weights to measure and save, such as 0.9999; by default none
         average:float|None=None,
         seed:int=0, # Of the starting weights, the order of the images, augmentation, mixup and drop path
