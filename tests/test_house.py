@@ -48,7 +48,7 @@ def test_generated_files_agree(tool):
 @pytest.mark.parametrize('command', ['pip install . && revvit_train', "pip install -e '.[dev]' && nbdev_test && pytest"])
 def test_readme_has_the_two_commands(command): assert command in (root/'README.md').read_text(encoding='utf8')
 
-def tested(command):
+def source_of_tests(command):
     "The source of all tests and fixtures that have to do with a command"
     out = []
     for p in (root/'tests').glob('test_*.py'):
@@ -65,7 +65,7 @@ def test_every_flag_is_tried(command):
     from revvit.use import cli
     from revvit.use.command import flags_parser
     flags = [o for a in flags_parser(getattr(cli, command).__wrapped__)._actions for o in a.option_strings if o.startswith('--')]
-    text = tested(command)
+    text = source_of_tests(command)
     assert len(flags) > 5 and not [o for o in flags if not re.search(rf'(?<![\w-]){o}(?![\w-])', text)]
 
 @pytest.mark.parametrize('path', numbered, ids=name)

@@ -68,8 +68,8 @@ def _check_recipe(r):
         raise ValueError(f"step_in_backward=True does not go with clip={r.clip:g}, the norm of all gradients at once: "
                          "train without a limit (None, or on the command line 0) and warm up longer")
     if r.step_in_backward and r.accumulate>1:
-        raise ValueError(f"step_in_backward=True does not go with accumulate={r.accumulate}, the sum over several batches: "
-                         "take a larger batch, whose activations are rebuilt anyway")
+        raise ValueError(f"step_in_backward=True does not go with accumulate={r.accumulate}, the sum over several "
+                         "batches: take a larger batch, whose activations are rebuilt anyway")
 
 # %% ../../nbs/training/30_recipes.ipynb #3e229ce1
 @patch

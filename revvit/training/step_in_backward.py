@@ -74,4 +74,5 @@ def _refuse(self:StepInBackward):
              'accumulation': (sums, "take a larger batch, whose activations are rebuilt anyway"),
              'several processes': (num_distrib()>1, "shard weights and optimizer (FSDP2), or leave the switch out")}
     for k,(there,instead) in wrong.items():
-        if there: raise ValueError(f"step_in_backward=True does not go with {k}: it needs all gradients at once; {instead}")
+        if not there: continue
+        raise ValueError(f"step_in_backward=True does not go with {k}: it needs all gradients at once; {instead}")
