@@ -1,6 +1,7 @@
-"""The package's networks once more, written apart from it: ordinary PyTorch, the coupling's equations, activations stored.
-`apart(m)` turns a model into such a one where it stands, with its weights, its names and whatever was done to it; its outputs and gradients are
-what the fuzzer and the surgery tests compare with. timm's and PyTorch's own layers are called as they are, so hooks and wrappers are felt."""
+"""The package's networks once more, written apart from it: ordinary PyTorch, the coupling's equations, activations
+stored. `apart(m)` turns a model into such a one where it stands, with its weights, its names and whatever was done to
+it; its outputs and gradients are what the fuzzer and the surgery tests compare with. timm's and PyTorch's own layers
+are called as they are, so hooks and wrappers are felt."""
 import re, traceback, warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,8 @@ from torch.nn import functional as F
 # ---------------------------------------------------------------- the networks
 
 class Block(nn.Module):
-    "Equations 1 and 2 of the paper; `keep` says which images go through F and through G, None all. They are scaled by the rate of the block, whatever the batch"
+    """Equations 1 and 2 of the paper; `keep` says which images go through F and through G, None all. They are scaled
+    by the rate of the block, whatever the batch"""
     keep = None
     def part(self, m, x, i):
         if self.keep is None: return m(x)
@@ -59,7 +61,8 @@ class Pool(nn.Module):
         x = x.view(B, T, H, W, D//d, d).permute(0, 4, 5, 1, 2, 3).reshape(B*(D//d), d, T, H, W)
         if any(isinstance(o, nn.Conv3d) for o in self.conv.modules()): y = self.conv(x)
         else: y = self.conv(x.transpose(1, 2).reshape(-1, d, H, W)).unflatten(0, (-1, T)).transpose(1, 2)
-        return self.norm(y.unflatten(0, (B, -1)).permute(0, 3, 4, 5, 1, 2)).flatten(-2) # B heads d t h w -> B t h w heads*d
+        # B heads d t h w -> B t h w heads*d
+        return self.norm(y.unflatten(0, (B, -1)).permute(0, 3, 4, 5, 1, 2)).flatten(-2)
 
 class Pooling(nn.Module):
     def forward(self, x):
@@ -96,8 +99,10 @@ class MVit(nn.Module):
         return self.head(self.head_drop(x))
     def set_reversible(self, on=True): pass
 
-CLASSES = dict(ReversibleBlock=Block, ReversibleSequence=Sequence, PreNorm=Norm, AttentionHalf=Norm, MlpHalf=Norm, PoolingHalf=Norm, StreamFusion=Fusion, PooledFusion=Pooled,
-    PatchEmbed=Patches, OverlapPatchEmbed=Overlapping, HeadPool=Pool, PoolingAttention=Pooling, MlpFusion=FuseMlp, MeanFusion=FuseMean,
+CLASSES = dict(ReversibleBlock=Block, ReversibleSequence=Sequence, PreNorm=Norm, AttentionHalf=Norm, MlpHalf=Norm,
+    PoolingHalf=Norm, StreamFusion=Fusion, PooledFusion=Pooled,
+    PatchEmbed=Patches, OverlapPatchEmbed=Overlapping, HeadPool=Pool, PoolingAttention=Pooling, MlpFusion=FuseMlp,
+    MeanFusion=FuseMean,
     StageTransition=Transition, RevViT=Vit, RevMViT=MVit)
 
 def apart(m):
@@ -109,7 +114,8 @@ def apart(m):
 # ---------------------------------------------------------------- dropout whose draws the judge knows
 
 class Book:
-    "What layers drew for each row of what they were given; who is asked twice is taken at the last word, or at the first"
+    """What layers drew for each row of what they were given; who is asked twice is taken at the last word, or at the
+    first"""
     last = True
     def __init__(self): self.writing,self.rows,self.strict = True,{},False
     def note(self, key, x, mask): self.rows.setdefault(key, []).append((x.detach().clone(), mask.detach().clone()))
@@ -130,7 +136,8 @@ class Book:
     tol = 1e-9
 
 class Drop(nn.Module):
-    "Dropout by the global generator. The first model to run draws and notes; the judge, which has `judge` set, reads what was drawn"
+    """Dropout by the global generator. The first model to run draws and notes; the judge, which has `judge` set,
+    reads what was drawn"""
     def __init__(self, p, book, judge=False):
         super().__init__()
         self.p,self.book,self.judge = p,book,judge
@@ -144,9 +151,11 @@ class Drop(nn.Module):
     def __deepcopy__(self, memo): return Drop(self.p, self.book, self.judge)
 
 def survivors(model, xs, out, rates):
-    "Masks of drop path by trying all: for each image the choice at the blocks `rates` with which the judge `model` gives `out`; None if none does"
+    """Masks of drop path by trying all: for each image the choice at the blocks `rates` with which the judge `model`
+    gives `out`; None if none does"""
     n,b = 2*len(rates),len(out[0])
-    choice = torch.arange(2**n)[:,None].bitwise_right_shift(torch.arange(n)).bitwise_and(1).bool() # 2**n choices of n bits
+    # 2**n choices of n bits
+    choice = torch.arange(2**n)[:,None].bitwise_right_shift(torch.arange(n)).bitwise_and(1).bool()
     for i,o in enumerate(rates): o.keep = (choice[:,2*i].repeat(b), choice[:,2*i+1].repeat(b))
     with torch.no_grad(): tried = tensors(model(*(x.repeat_interleave(2**n, 0) for x in xs)))
     gap = sum((t.unflatten(0, (b, -1)) - o[:,None]).flatten(2).abs().amax(-1) for t,o in zip(tried, out))
@@ -161,7 +170,8 @@ def tensors(o): return [o] if isinstance(o, torch.Tensor) else [t for u in o for
 def weighted(out, seed=0):
     "A scalar that every output element has its own share in"
     g = torch.Generator('cpu').manual_seed(seed)
-    return sum((o*torch.randn(o.shape, generator=g, dtype=torch.float64, device='cpu').to(o)).sum() for o in tensors(out))
+    return sum((o*torch.randn(o.shape, generator=g, dtype=torch.float64, device='cpu').to(o)).sum()
+               for o in tensors(out))
 
 def gradients(model, xs, call=None, between=None, seed=0):
     "Outputs and, by name, gradients or None, of one step of `model`"
@@ -176,7 +186,8 @@ def gradients(model, xs, call=None, between=None, seed=0):
     return {**named, **{f'input {i}':x.grad for i,x in enumerate(xs)}, **{n:p.grad for n,p in model.named_parameters()}}
 
 def distance(got, want, zeros=False):
-    "The name that differs most, and by how much: relative L2, small ones measured by the size of the others; infinite where one is None, unless `zeros` may stand for it"
+    """The name that differs most, and by how much: relative L2, small ones measured by the size of the others;
+    infinite where one is None, unless `zeros` may stand for it"""
     if got.keys()!=want.keys(): return str(sorted(got.keys()^want.keys())[:3]),float('inf')
     norms = [float(w.double().norm()) for k,w in want.items() if w is not None and not k.startswith('output')]
     floor,worst = .01*(sum(n*n for n in norms)/max(1, len(norms)))**.5,('nothing',0.)
@@ -186,13 +197,15 @@ def distance(got, want, zeros=False):
         if (g is None)!=(w is None): return f"{k} is {'None' if g is None else 'there'}",float('inf')
         if g is None: continue
         if g.shape!=w.shape: return f'{k} is {tuple(g.shape)}',float('inf')
-        n,d = max(float(w.double().norm()), 0. if k.startswith('output') else floor),float((g.double()-w.double()).norm())
+        n,d = max(float(w.double().norm()),
+                  0. if k.startswith('output') else floor),float((g.double()-w.double()).norm())
         e = d/n if n else (0. if d==0 else float('inf'))
         if not e<=worst[1]: worst = (k, e if e==e else float('inf'))
     return worst
 
 NAMES = re.compile(r'\b(?:run|runs|block|tail|half|halves|stage|transition|streams?|model|sequence|[fg])\b', re.I)
-REMEDY = re.compile(r'set_reversible\(|\b(?:use|call|make|give|step|detach|draw|switch|keep|want|wanted|leave|finish|expected|pass|put|move|build|register)\b')
+REMEDY = re.compile(r'set_reversible\(|\b(?:use|call|make|give|step|detach|draw|switch|keep|want|wanted|leave|finish|'
+                    r'expected|pass|put|move|build|register)\b')
 HERE = Path(__file__).resolve().parent
 
 def ours(e):
@@ -201,16 +214,20 @@ def ours(e):
     frames = traceback.extract_tb(e.__traceback__)
     import revvit
     home = Path(revvit.__file__).resolve().parent
-    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(home) and bool(NAMES.search(str(e)) and REMEDY.search(str(e)))
+    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(home) and bool(NAMES.search(str(e))
+        and REMEDY.search(str(e)))
 
 STORES = re.compile(r'\bstores\b|ordinary autograd') # tells of memory, not of gradients
 WRONG = re.compile(r'\bc[ao]me back\b|\bwrong\b|\binexact\b|\bdrift')
 LOST = re.compile(r'no gradient flows') # tells of a loss of what was kept, and excuses nothing else
-def tells(w): return issubclass(w.category, RuntimeWarning) and bool(NAMES.search(str(w.message))) and not STORES.search(str(w.message))
+def tells(w):
+    return (issubclass(w.category, RuntimeWarning) and bool(NAMES.search(str(w.message)))
+            and not STORES.search(str(w.message)))
 
 def judge(candidate, reference, tol=1e-10, kept_in_loss=False, zeros=False):
-    """What comes of `candidate()`, compared with `reference()`: both give tensors by name. The verdict's `kind` is one of
-    exact, refused, warned (wrong, or not to be compared, but said), alarm (right, but called wrong), both (the reference crashes too), crash, silent"""
+    """What comes of `candidate()`, compared with `reference()`: both give tensors by name. The verdict's `kind` is one
+    of exact, refused, warned (wrong, or not to be compared, but said), alarm (right, but called wrong), both (the
+    reference crashes too), crash, silent"""
     got = fault = wrong = None
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')

@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 DEVICE = torch.device(os.environ.get('REVVIT_DEVICE', 'cpu'))   # where all of them compute
 REMEDY = r'set_reversible\(False\)'
 
-# ---------------------------------------------------------------- makers: `make(chunk, rate, dtype, b)` gives a model and its inputs
+# --- makers: `make(chunk, rate, dtype, b)` gives a model and its inputs
 
 class Tokens(nn.Module):
     "An F that mixes tokens: norm, attention, dropout of its weights"
@@ -27,7 +27,8 @@ class Tokens(nn.Module):
         q,k,v = self.qkv(self.norm(x)).chunk(3, -1)
         return scaled_dot_product_attention(q, k, v, dropout_p=self.p if self.training else 0.)
 
-def mlp(d=8, p=0.): return nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 2*d), nn.GELU(), nn.Dropout(p), nn.Linear(2*d, d))
+def mlp(d=8, p=0.):
+    return nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 2*d), nn.GELU(), nn.Dropout(p), nn.Linear(2*d, d))
 
 @torch.no_grad()
 def used(m):
@@ -38,7 +39,8 @@ def used(m):
 def stack(depth=3, p=0., drop_path=0., chunk=2, make=None, d=8, dtype=torch.float64):
     "A sequence of `depth` blocks; `make(i)` gives F and G of block i"
     torch.manual_seed(depth)
-    return used(ReversibleSequence([ReversibleBlock(*(make(i) if make else (Tokens(d, p),mlp(d, p))), drop_path) for i in range(depth)], chunk)).to(DEVICE, dtype)
+    return used(ReversibleSequence([ReversibleBlock(*(make(i) if make else (Tokens(d, p),mlp(d, p))), drop_path)
+                                    for i in range(depth)], chunk)).to(DEVICE, dtype)
 
 class Fuse(nn.Module):
     "A tail: norm of both streams, dropout, a linear layer, mean over tokens"
@@ -53,12 +55,19 @@ class Tailed(nn.Module):
     def forward(self, x1, x2): return self.blocks(x1, x2, tail=self.tail)
     def set_reversible(self, on=True): self.blocks.set_reversible(on)
 
-def streams(b=5, n=3, d=8, seed=1, dtype=torch.float64): return tuple(torch.randn(2, b, n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype))
-def images(b=5, size=32, seed=1, dtype=torch.float64): return (torch.randn(b, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype),)
+def streams(b=5, n=3, d=8, seed=1, dtype=torch.float64):
+    return tuple(torch.randn(2, b, n, d, generator=torch.Generator().manual_seed(seed),
+                             dtype=torch.float64).to(DEVICE, dtype))
+def images(b=5, size=32, seed=1, dtype=torch.float64):
+    return (torch.randn(b, 3, size, size, generator=torch.Generator().manual_seed(seed),
+                        dtype=torch.float64).to(DEVICE, dtype),)
 
-def clips(b=5, frames=4, size=16, seed=1, dtype=torch.float64): return (torch.randn(b, 3, frames, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype),)
+def clips(b=5, frames=4, size=16, seed=1, dtype=torch.float64):
+    return (torch.randn(b, 3, frames, size, size, generator=torch.Generator().manual_seed(seed),
+                        dtype=torch.float64).to(DEVICE, dtype),)
 
-def sequence(depth, chunk, rate=1, dtype=torch.float64, b=5): return stack(depth, .3*rate, .2*rate, chunk, dtype=dtype),streams(b, dtype=dtype)
+def sequence(depth, chunk, rate=1, dtype=torch.float64, b=5):
+    return stack(depth, .3*rate, .2*rate, chunk, dtype=dtype),streams(b, dtype=dtype)
 def tailed(depth, chunk, rate=1, dtype=torch.float64, b=5):
     blocks = stack(depth, .3*rate, .2*rate, chunk)
     return Tailed(blocks, used(Fuse(p=.3*rate))).to(DEVICE, dtype),streams(b, dtype=dtype)
@@ -72,21 +81,31 @@ def fitting(depth, *starts): return tuple(sorted({s for s in starts if 0<s<depth
 def mvit(starts, depth, chunk, rate=1, dtype=torch.float64, b=5, size=16, drop=.3, **kw):
     "A narrow Rev-MViT for images of 8x8 tokens; `starts` are its stage transitions, or a function of the depth"
     torch.manual_seed(depth)
-    m = RevMViT(**{**dict(img_size=size, patch_kernel=(3,3), patch_stride=(2,2), embed_dim=8, kv_stride=(1,4,4), num_classes=5), **kw},
+    m = RevMViT(**{**dict(img_size=size, patch_kernel=(3,3), patch_stride=(2,2), embed_dim=8, kv_stride=(1,4,4),
+                          num_classes=5), **kw},
                 depth=depth, stage_starts=starts(depth) if callable(starts) else starts, chunk=chunk,
                 drop_path_rate=.2*rate, proj_drop_rate=drop*rate, attn_drop_rate=.3*rate, drop_rate=.3*rate)
-    return used(m).to(DEVICE, dtype),images(b, size, dtype=dtype) if m.num_frames is None else clips(b, m.num_frames, size, dtype=dtype)
+    return used(m).to(DEVICE, dtype),images(b, size, dtype=dtype) if m.num_frames is None else clips(b, m.num_frames,
+        size, dtype=dtype)
 def clip(*args, **kw):
     "A narrow Rev-MViT for clips of 2x4x4 tokens"
-    return mvit(*args, **{**dict(num_frames=4, patch_kernel=(3,7,7), patch_stride=(2,4,4), pool_kernel=(3,3,3), kv_stride=(1,2,2), stream_fusion='mean', qkv_bias=False), **kw})
+    return mvit(*args, **{**dict(num_frames=4, patch_kernel=(3,7,7), patch_stride=(2,4,4), pool_kernel=(3,3,3),
+                                 kv_stride=(1,2,2), stream_fusion='mean', qkv_bias=False), **kw})
 
-# transitions one after another and with blocks between them, a last stage with and without blocks; both ways to fuse streams; drop path in transitions too
-CASES = dict(sequence3=partial(sequence, 3, 2), sequence4=partial(sequence, 4, None), tail3=partial(tailed, 3, 2), tail4=partial(tailed, 4, None),
+# transitions one after another and with blocks between them, a last stage with and without blocks; both ways to fuse
+# streams; drop path in transitions too
+CASES = dict(sequence3=partial(sequence, 3, 2), sequence4=partial(sequence, 4, None), tail3=partial(tailed, 3, 2),
+             tail4=partial(tailed, 4, None),
              vit3=partial(vit, 3, 2), vit4=partial(vit, 4, None, dim=48, heads=4, drop=0, shared_drop_path=True),
-             image6=partial(mvit, (1,2), 6, 2), image7=partial(mvit, (3,5), 7, None, num_heads=2, drop=0, stream_fusion='mean', qkv_bias=False, drop_whole=True, shared_drop_path=True),
-             clip5=partial(clip, (3,), 5, None, drop_whole=True), clip6=partial(clip, (1,5), 6, 2, stream_fusion='mlp', qkv_bias=True))
+             image6=partial(mvit, (1,2), 6, 2),
+             image7=partial(mvit, (3,5), 7, None, num_heads=2, drop=0, stream_fusion='mean', qkv_bias=False,
+                            drop_whole=True, shared_drop_path=True),
+             clip5=partial(clip, (3,), 5, None, drop_whole=True),
+             clip6=partial(clip, (1,5), 6, 2, stream_fusion='mlp', qkv_bias=True))
 both = pytest.mark.parametrize('make', CASES.values(), ids=CASES.keys())
-fewer = pytest.mark.parametrize('make', [v for k,v in CASES.items() if k not in ('image7','clip6')], ids=[k for k in CASES if k not in ('image7','clip6')]) # for what takes long
+# for what takes long
+fewer = pytest.mark.parametrize('make', [v for k,v in CASES.items() if k not in ('image7','clip6')],
+                                ids=[k for k in CASES if k not in ('image7','clip6')])
 few = pytest.mark.parametrize('make', [CASES[k] for k in ('tail3','vit4','clip5')], ids=['tail3','vit4','clip5'])
 
 # ---------------------------------------------------------------- comparing
@@ -121,7 +140,8 @@ def agrees(m, fn, tol=1e-12):
     assert error(fn(), want) < tol
 def rng_states():
     kind,keys,*rest = np.random.get_state()
-    there = [torch.get_device_module(DEVICE).get_rng_state().numpy().tobytes()] if DEVICE.type not in ('cpu','meta') else []
+    there = []
+    if DEVICE.type not in ('cpu','meta'): there = [torch.get_device_module(DEVICE).get_rng_state().numpy().tobytes()]
     return torch.get_rng_state().numpy().tobytes(),there,(kind, keys.tobytes(), *rest),random.getstate()
 
 class Trap(nn.Module):

@@ -1,6 +1,7 @@
-"""A CUDA device that is not there: shapes, types and devices are followed as on a real one, numbers are not computed, and whatever would make the
-host wait for the device raises `Waits`, as `torch.cuda.set_sync_debug_mode('error')` does. The backward pass is walked node by node, since PyTorch's
-own engine wants threads for real devices; so both passes of a step can be tried on a machine without a GPU."""
+"""A CUDA device that is not there: shapes, types and devices are followed as on a real one, numbers are not computed,
+and whatever would make the host wait for the device raises `Waits`, as `torch.cuda.set_sync_debug_mode('error')` does.
+The backward pass is walked node by node, since PyTorch's own engine wants threads for real devices; so both passes of a
+step can be tried on a machine without a GPU."""
 import heapq
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
@@ -21,7 +22,8 @@ class FakeCuda(FakeTensorMode):
     "Tensors on CUDA are fake, those on the CPU real"
     def __init__(self):
         super().__init__(allow_non_fake_inputs=True)
-        self.pinned,self.copies,self.softmax,self.drawn,self.strict = [],[],[],0,False   # strict from where a step begins
+        # strict from where a step begins
+        self.pinned,self.copies,self.softmax,self.drawn,self.strict = [],[],[],0,False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -31,9 +33,11 @@ class FakeCuda(FakeTensorMode):
         if func in PINNING: return self.pin(func, args[0])
         if func in READS and there and self.strict: raise Waits(f"{func} reads a value")
         if self.strict and func in (ops.copy_.default, ops._to_copy.default): self.copy(func, args, kwargs, device)
-        if func is ops.copy_.default and there and not isinstance(args[0], FakeTensor): return args[0]   # its numbers would come later
+        # its numbers would come later
+        if func is ops.copy_.default and there and not isinstance(args[0], FakeTensor): return args[0]
         if there or device.type=='cuda':
-            if 'softmax' in str(func) and 'backward' not in str(func): self.softmax.append((str(func), torch.is_grad_enabled()))
+            if 'softmax' in str(func) and 'backward' not in str(func):
+                self.softmax.append((str(func), torch.is_grad_enabled()))
             self.drawn += torch.Tag.nondeterministic_seeded in func.tags
             return super().__torch_dispatch__(func, types, args, kwargs)
         pin = kwargs.pop('pin_memory', False)
@@ -51,11 +55,13 @@ class FakeCuda(FakeTensorMode):
 
     def copy(self, func, args, kwargs, device):
         "A copy between host and device does not wait if the host's memory is pinned and nobody asks it to"
-        if func is ops.copy_.default: src,to,later = args[1],args[0].device,kwargs.get('non_blocking', len(args)>2 and args[2])
+        if func is ops.copy_.default:
+            src,to,later = args[1],args[0].device,kwargs.get('non_blocking', len(args)>2 and args[2])
         else: src,to,later = args[0],device,kwargs.get('non_blocking', False)
         if src.device.type==to.type: return
         host = src if to.type=='cuda' else args[0] if func is ops.copy_.default else None
-        if host is None or not later or not self.is_pinned(host): raise Waits(f"a copy of {tuple(src.shape)} from {src.device} to {to}")
+        if host is None or not later or not self.is_pinned(host):
+            raise Waits(f"a copy of {tuple(src.shape)} from {src.device} to {to}")
         self.copies.append((src.device.type, to.type))
 
 class Event:
@@ -75,7 +81,8 @@ def _back(node, grads):
     out = node.apply(*grads) if own else node(*grads)
     out = out if isinstance(out, tuple) else (out,)
     if not own: return zip(node.next_functions, out)
-    return zip([o for o in node.next_functions if o[0]], [g for g,n in zip(out, node.needs_input_grad) if n], strict=True)
+    return zip([o for o in node.next_functions if o[0]], [g for g,n in zip(out, node.needs_input_grad) if n],
+               strict=True)
 
 def gradients(outs, wanted, grads):
     "What `torch.autograd.grad(outs, wanted, grads, allow_unused=True)` gives, node by node"
@@ -104,7 +111,8 @@ def _grad(outs, wanted, grads=None, **kw):
     outs = one(outs)
     return gradients(outs, one(wanted), [torch.ones_like(o) for o in outs] if grads is None else one(grads))
 
-def kind(o): return torch.Tensor if isinstance(o, FakeTensor) else type(o)   # the package leaves wrappers of tensors to ordinary autograd
+# the package leaves wrappers of tensors to ordinary autograd
+def kind(o): return torch.Tensor if isinstance(o, FakeTensor) else type(o)
 
 @contextmanager
 def fake_cuda():
@@ -113,11 +121,14 @@ def fake_cuda():
     def get_rng_state(device='cuda'): return torch.full((16,), mode.drawn%256, dtype=torch.uint8)
     def set_rng_state(state, device='cuda'): mode.drawn = int(state[0])
     with ExitStack() as stack:
-        for name,new in dict(get_rng_state=get_rng_state, set_rng_state=set_rng_state, Event=Event, current_stream=lambda *a: None, is_bf16_supported=lambda *a: True).items():
+        for name,new in dict(get_rng_state=get_rng_state, set_rng_state=set_rng_state, Event=Event,
+                             current_stream=lambda *a: None, is_bf16_supported=lambda *a: True).items():
             stack.enter_context(patch.object(torch.cuda, name, new))
         stack.enter_context(patch('torch.autograd.grad', _grad))
-        stack.enter_context(patch('torch._C._current_graph_task_id', lambda: 1))   # checkpoints compute again once a backward pass
-        stack.enter_context(patch('torch.amp.autocast_mode.torch.cuda.amp.common.amp_definitely_not_available', lambda: False))
+        # checkpoints compute again once a backward pass
+        stack.enter_context(patch('torch._C._current_graph_task_id', lambda: 1))
+        stack.enter_context(patch('torch.amp.autocast_mode.torch.cuda.amp.common.amp_definitely_not_available',
+                                  lambda: False))
         for m in (block,sequence,fused): stack.enter_context(patch.object(m, 'type', kind, create=True))
         stack.enter_context(mode)
         yield mode

@@ -1,6 +1,7 @@
-"""Random cases for the engine: a net, and up to four things that people do to it, judged by networks written apart from the package (`apart.py`).
-A case is a pair of numbers, seed and index, and is the same on every machine. Dropout's draws are noted where they are drawn and read again by
-the judge; drop path's survivors are found by trying all choices. `tools/fuzz.py` runs as many cases as one likes, `test_fuzz.py` some hundred."""
+"""Random cases for the engine: a net, and up to four things that people do to it, judged by networks written apart from
+the package (`apart.py`). A case is a pair of numbers, seed and index, and is the same on every machine. Dropout's draws
+are noted where they are drawn and read again by the judge; drop path's survivors are found by trying all choices.
+`tools/fuzz.py` runs as many cases as one likes, `test_fuzz.py` some hundred."""
 import contextlib, copy, functools, random, threading, types, warnings
 from collections import Counter
 from types import SimpleNamespace
@@ -30,7 +31,8 @@ class Fn(nn.Module):
 
 class Mix(nn.Module):
     "Norm and multi-head attention of PyTorch"
-    def __init__(self, d, p=0.): super().__init__(); self.norm,self.attn = nn.LayerNorm(d),nn.MultiheadAttention(d, 2, batch_first=True)
+    def __init__(self, d, p=0.):
+        super().__init__(); self.norm,self.attn = nn.LayerNorm(d),nn.MultiheadAttention(d, 2, batch_first=True)
     def forward(self, x): return self.attn(*[self.norm(x)]*3, need_weights=False)[0]
 
 def no_grad_part(o, x):
@@ -46,25 +48,44 @@ def buffered(d):
     return m
 
 HALVES = dict(
-    linear=lambda d, n: nn.Linear(d, d), mlp=lambda d, n: nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 2*d), nn.GELU(), nn.Linear(2*d, d)),
-    drop=lambda d, n: nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), n.drop(.4), nn.Linear(d, d)), drop_end=lambda d, n: nn.Sequential(nn.Linear(d, d), n.drop(.5)),
-    drop_all=lambda d, n: nn.Sequential(nn.Linear(d, d), nn.Dropout(1.), nn.Linear(d, d)), attention=lambda d, n: Mix(d), conv=lambda d, n: Fn(lambda o,x: o.m(x.transpose(1, 2)).transpose(1, 2), nn.Conv1d(d, d, 3, padding=1)),
-    lstm=lambda d, n: Fn(lambda o,x: o.m(x)[0], nn.LSTM(d, d, batch_first=True)), gru=lambda d, n: Fn(lambda o,x: o.m(x)[0], nn.GRU(d, d//2, bidirectional=True, batch_first=True)),
-    norm=lambda d, n: nn.LayerNorm(d), group=lambda d, n: Fn(lambda o,x: o.m(x.transpose(1, 2)).transpose(1, 2), nn.GroupNorm(2, d)), rms=lambda d, n: nn.RMSNorm(d),
-    embed=lambda d, n: Fn(lambda o,x: x*o.m((x[...,0].sign()+1).long()), nn.Embedding(3, d)), sparse=lambda d, n: Fn(lambda o,x: x*o.m((x[...,0].sign()+1).long()), nn.Embedding(3, d, sparse=True)),
-    tied=lambda d, n: tied(d), functional=lambda d, n: Fn(lambda o,x: F.gelu(F.linear(x, o.w))*o.v, w=(d,d), v=d), buffer=lambda d, n: buffered(d), unused=lambda d, n: Fn(lambda o,x: x*o.w, w=d, v=3),
-    constant=lambda d, n: Fn(lambda o,x: o.w.expand(x.shape), w=(1,d)), detached=lambda d, n: Fn(lambda o,x: o.m(x).detach(), nn.Linear(d, d)), view=lambda d, n: Fn(lambda o,x: x.flip(-1)), identity=lambda d, n: nn.Identity(),
-    no_grad=lambda d, n: Fn(no_grad_part, w=d, v=d), checkpointed=lambda d, n: Fn(lambda o,x: checkpoint(o.m, x, use_reentrant=False), nn.Sequential(nn.Linear(d, d), n.drop(.3))),
-    encoder=lambda d, n: nn.TransformerEncoderLayer(d, 2, 2*d, dropout=0., batch_first=True), weight_norm=lambda d, n: nn.utils.parametrizations.weight_norm(nn.Linear(d, d)),
-    nested=lambda d, n: Fn(lambda o,x: sum(o.m(x, x.flip(-1))), ReversibleSequence([ReversibleBlock(nn.Linear(d, d), nn.Sequential(nn.Linear(d, d), nn.Tanh()))], n.r.choice((1,None)))),
-    in_place_inside=lambda d, n: nn.Sequential(nn.Linear(d, d), nn.ReLU(inplace=True)), in_place=lambda d, n: nn.ReLU(inplace=True), prelu=lambda d, n: nn.PReLU(), scalar=lambda d, n: Fn(lambda o,x: x*o.w, w=()))
+    linear=lambda d, n: nn.Linear(d, d), mlp=lambda d, n: nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 2*d), nn.GELU(),
+        nn.Linear(2*d, d)),
+    drop=lambda d, n: nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), n.drop(.4), nn.Linear(d, d)),
+    drop_end=lambda d, n: nn.Sequential(nn.Linear(d, d), n.drop(.5)),
+    drop_all=lambda d, n: nn.Sequential(nn.Linear(d, d), nn.Dropout(1.), nn.Linear(d, d)),
+    attention=lambda d, n: Mix(d), conv=lambda d, n: Fn(lambda o,x: o.m(x.transpose(1, 2)).transpose(1, 2),
+                                                        nn.Conv1d(d, d, 3, padding=1)),
+    lstm=lambda d, n: Fn(lambda o,x: o.m(x)[0], nn.LSTM(d, d, batch_first=True)),
+    gru=lambda d, n: Fn(lambda o,x: o.m(x)[0], nn.GRU(d, d//2, bidirectional=True, batch_first=True)),
+    norm=lambda d, n: nn.LayerNorm(d), group=lambda d, n: Fn(lambda o,x: o.m(x.transpose(1, 2)).transpose(1, 2),
+        nn.GroupNorm(2, d)), rms=lambda d, n: nn.RMSNorm(d),
+    embed=lambda d, n: Fn(lambda o,x: x*o.m((x[...,0].sign()+1).long()), nn.Embedding(3, d)),
+    sparse=lambda d, n: Fn(lambda o,x: x*o.m((x[...,0].sign()+1).long()), nn.Embedding(3, d, sparse=True)),
+    tied=lambda d, n: tied(d), functional=lambda d, n: Fn(lambda o,x: F.gelu(F.linear(x, o.w))*o.v, w=(d,d), v=d),
+    buffer=lambda d, n: buffered(d), unused=lambda d, n: Fn(lambda o,x: x*o.w, w=d, v=3),
+    constant=lambda d, n: Fn(lambda o,x: o.w.expand(x.shape), w=(1,d)),
+    detached=lambda d, n: Fn(lambda o,x: o.m(x).detach(), nn.Linear(d, d)),
+    view=lambda d, n: Fn(lambda o,x: x.flip(-1)),
+    identity=lambda d, n: nn.Identity(),
+    no_grad=lambda d, n: Fn(no_grad_part, w=d, v=d),
+    checkpointed=lambda d, n: Fn(lambda o,x: checkpoint(o.m, x, use_reentrant=False),
+                                 nn.Sequential(nn.Linear(d, d), n.drop(.3))),
+    encoder=lambda d, n: nn.TransformerEncoderLayer(d, 2, 2*d, dropout=0., batch_first=True),
+    weight_norm=lambda d, n: nn.utils.parametrizations.weight_norm(nn.Linear(d, d)),
+    nested=lambda d, n: Fn(lambda o,x: sum(o.m(x, x.flip(-1))),
+                           ReversibleSequence([ReversibleBlock(nn.Linear(d, d), nn.Sequential(nn.Linear(d, d),
+                               nn.Tanh()))], n.r.choice((1,None)))),
+    in_place_inside=lambda d, n: nn.Sequential(nn.Linear(d, d), nn.ReLU(inplace=True)),
+    in_place=lambda d, n: nn.ReLU(inplace=True), prelu=lambda d, n: nn.PReLU(),
+    scalar=lambda d, n: Fn(lambda o,x: x*o.w, w=()))
 RARE = 'in_place',
 
 # ---------------------------------------------------------------- nets
 
 class Ends(nn.Module):
     "A tail: of both streams or of one"
-    def __init__(self, d, which, drop): super().__init__(); self.which,self.norm,self.drop,self.lin = which,nn.LayerNorm(d),drop,nn.Linear(d, 3)
+    def __init__(self, d, which, drop):
+        super().__init__(); self.which,self.norm,self.drop,self.lin = which,nn.LayerNorm(d),drop,nn.Linear(d, 3)
     def forward(self, *ys): return self.lin(self.drop(sum(self.norm(ys[i]) for i in self.which))).mean(1)
 
 class Tailed(nn.Module):
@@ -78,30 +99,40 @@ def half(n, d):
     return HALVES[name](d, n)
 
 def sequence(n):
-    d,depth,chunk,b,tokens = n.r.choice((4,6,8)),n.r.randint(1, 4),n.r.choice((1,2,None)),n.r.randint(2, 5),n.r.randint(2, 4)
+    d,depth,chunk,b,tokens = n.r.choice((4,6,8)),n.r.randint(1, 4),n.r.choice((1,2,None)),n.r.randint(2,
+        5),n.r.randint(2, 4)
     m = ReversibleSequence([ReversibleBlock(half(n, d), half(n, d)) for _ in range(depth)], chunk)
-    if n.r.random()<.4: m = Tailed(m, Ends(d, n.r.choice([(0,1),(0,1),(0,),(1,)]), n.drop(.3) if n.r.random()<.4 else nn.Identity()))
-    n.say(f"{'tailed ' if isinstance(m, Tailed) else ''}sequence of {depth} (chunk {chunk}, width {d}, {b}x{tokens}): {' '.join(n.halves)}")
+    if n.r.random()<.4:
+        m = Tailed(m, Ends(d, n.r.choice([(0,1),(0,1),(0,),(1,)]), n.drop(.3) if n.r.random()<.4 else nn.Identity()))
+    n.say(f"{'tailed ' if isinstance(m, Tailed) else ''}sequence of {depth} (chunk {chunk}, width {d}, {b}x{tokens}): "
+          f"{' '.join(n.halves)}")
     return m,[torch.randn(b, tokens, d) for _ in range(2)]
 
 def vit(n):
     d,depth,chunk,b = n.r.choice((4,8)),n.r.randint(1, 4),n.r.choice((1,2,None)),n.r.randint(2, 5)
     n.say(f'Rev-ViT of {depth} (chunk {chunk}, width {d}, batch {b})')
-    return RevViT(img_size=8, patch_size=4, embed_dim=d, num_heads=n.r.choice((1,2)), depth=depth, num_classes=3, mlp_ratio=2., qkv_bias=n.r.random()<.7, chunk=chunk),[torch.randn(b, 3, 8, 8)]
+    return RevViT(img_size=8, patch_size=4, embed_dim=d, num_heads=n.r.choice((1,2)), depth=depth, num_classes=3,
+                  mlp_ratio=2., qkv_bias=n.r.random()<.7, chunk=chunk),[torch.randn(b, 3, 8, 8)]
 
 def mvit(n):
-    clip,depth,chunk,b,fusion = n.r.random()<.5,n.r.randint(2, 4),n.r.choice((1,2,None)),n.r.randint(2, 4),n.r.choice(('mlp','mean'))
+    clip,depth,chunk,b,fusion = n.r.random()<.5,n.r.randint(2, 4),n.r.choice((1,2,None)),n.r.randint(2,
+        4),n.r.choice(('mlp','mean'))
     starts = tuple(sorted(n.r.sample(range(1, depth), n.r.randint(1, min(2, depth-1)))))
-    n.say(f"Rev-MViT for {'clips' if clip else 'images'} of {depth}, transitions {starts} by {fusion} (chunk {chunk}, batch {b})")
-    kw = dict(num_frames=4, patch_kernel=(3,3,3), patch_stride=(2,2,2), pool_kernel=(3,3,3)) if clip else dict(patch_kernel=(3,3), patch_stride=(2,2))
-    m = RevMViT(img_size=8, embed_dim=4, num_heads=1, depth=depth, stage_starts=starts, kv_stride=(1,2,2), mlp_ratio=2., qkv_bias=n.r.random()<.7, stream_fusion=fusion, num_classes=3, chunk=chunk, **kw)
+    n.say(f"Rev-MViT for {'clips' if clip else 'images'} of {depth}, transitions {starts} by {fusion} (chunk {chunk}, "
+          f"batch {b})")
+    kw = dict(num_frames=4, patch_kernel=(3,3,3), patch_stride=(2,2,2),
+              pool_kernel=(3,3,3)) if clip else dict(patch_kernel=(3,3), patch_stride=(2,2))
+    m = RevMViT(img_size=8, embed_dim=4, num_heads=1, depth=depth, stage_starts=starts, kv_stride=(1,2,2), mlp_ratio=2.,
+                qkv_bias=n.r.random()<.7, stream_fusion=fusion, num_classes=3, chunk=chunk, **kw)
     return m,[torch.randn(b, 3, 4, 8, 8) if clip else torch.randn(b, 3, 8, 8)]
 
 NETS = [sequence]*5+[vit]*4+[mvit]*2
 
-# ---------------------------------------------------------------- what is done to a net: each draws from `n.r` and says what it does
+# --- what is done to a net: each draws from `n.r` and says what it does
 
-def named(n, *kinds): return [(k,o) for k,o in n.model.named_modules() if k and isinstance(o, kinds) and not any(p in k for p in ('parametrizations','attn.out_proj'))]
+def named(n, *kinds):
+    return [(k,o) for k,o in n.model.named_modules() if k and isinstance(o, kinds)
+            and not any(p in k for p in ('parametrizations','attn.out_proj'))]
 def pick(n, *kinds):
     "A layer of these kinds by name, or None where there is none"
     found = named(n, *kinds)
@@ -109,7 +140,9 @@ def pick(n, *kinds):
 def place(m, path, new):
     parent,_,name = path.rpartition('.')
     m.get_submodule(parent)._modules[name] = new.to(next(m.parameters(), torch.empty(0)).dtype)
-def halves_of(n): return [(f'{k}.{h}' if k else h, getattr(b, h)) for k,b in n.model.named_modules() if type(b) in (ReversibleBlock,Block) for h in 'fg']
+def halves_of(n):
+    return [(f'{k}.{h}' if k else h, getattr(b, h)) for k,b in n.model.named_modules()
+            if type(b) in (ReversibleBlock,Block) for h in 'fg']
 def some_half(n): return n.r.choice(halves_of(n))
 LEAVES = nn.Linear,nn.LayerNorm,nn.Conv2d,nn.Conv3d
 
@@ -119,9 +152,13 @@ def weight_surgery(n):
     def reorder(): o.register_parameter('weight', o._parameters.pop('weight'))
     class Half(nn.Module):
         def forward(self, w): return w/2
-    ways = dict(prune=lambda: prune.random_unstructured(o, 'weight', .3), prune_removed=lambda: prune.remove(prune.random_unstructured(o, 'weight', .3), 'weight'),
-        weight_norm=lambda: nn.utils.parametrizations.weight_norm(o), weight_norm_removed=lambda: nn.utils.remove_weight_norm(nn.utils.weight_norm(o)), reordered=reorder,
-        parametrized=lambda: parametrize.register_parametrization(o, 'weight', Half()), parametrization_removed=lambda: parametrize.remove_parametrizations(parametrize.register_parametrization(o, 'weight', Half()), 'weight'))
+    ways = dict(prune=lambda: prune.random_unstructured(o, 'weight', .3),
+        prune_removed=lambda: prune.remove(prune.random_unstructured(o, 'weight', .3), 'weight'),
+        weight_norm=lambda: nn.utils.parametrizations.weight_norm(o),
+        weight_norm_removed=lambda: nn.utils.remove_weight_norm(nn.utils.weight_norm(o)), reordered=reorder,
+        parametrized=lambda: parametrize.register_parametrization(o, 'weight', Half()),
+        parametrization_removed=lambda: parametrize.remove_parametrizations(parametrize.register_parametrization(o,
+            'weight', Half()), 'weight'))
     way = n.r.choice(list(ways))
     n.say(f'{way} {k}')
     ways[way]()
@@ -132,7 +169,8 @@ class Lora(nn.Module):
         super().__init__()
         self.m,self.drop,self.linear,self.dims = m.requires_grad_(False),drop,isinstance(m, nn.Linear),m.weight.ndim-2
         self.scale = nn.Parameter(torch.randn(m.out_features if isinstance(m, nn.Linear) else m.out_channels))
-        if isinstance(m, nn.Linear): self.down,self.up = nn.Linear(m.in_features, 2, bias=False),nn.Linear(2, m.out_features, bias=False)
+        if isinstance(m, nn.Linear):
+            self.down,self.up = nn.Linear(m.in_features, 2, bias=False),nn.Linear(2, m.out_features, bias=False)
     def forward(self, x):
         if self.linear: return self.m(x)+self.up(self.down(self.drop(x)))*self.scale
         return self.m(x)+self.m(self.drop(x))*self.scale.view(-1, *[1]*self.dims)
@@ -147,20 +185,31 @@ def adapter(n):
 def wrapped(n):
     k,o = pick(n, *LEAVES, nn.GELU, nn.Identity, Mlp, Attention)
     if k is None: return
-    new = dict(drop=lambda: n.drop(.4), drop_all=lambda: nn.Dropout(1.), drop_none=lambda: nn.Dropout(0.), tanh=nn.Tanh, nothing=nn.Identity)
+    new = dict(drop=lambda: n.drop(.4), drop_all=lambda: nn.Dropout(1.), drop_none=lambda: nn.Dropout(0.), tanh=nn.Tanh,
+               nothing=nn.Identity)
     name = n.r.choice(list(new))
     n.say(f'{name} around {k}')
-    place(n.model, k, nn.Sequential(o, new[name]()) if n.r.random()<.5 or isinstance(o, nn.Identity) else nn.Sequential(new[name](), o))
+    place(n.model, k, nn.Sequential(o, new[name]()) if n.r.random()<.5
+          or isinstance(o, nn.Identity) else nn.Sequential(new[name](), o))
 
 def replaced(n):
     k,o = pick(n, *LEAVES, nn.GELU, nn.Dropout)
     if k is None: return
     class Linear(nn.Linear):
         def forward(self, x): return super().forward(x)*.5
-    if type(o) is nn.Linear: new = n.r.choice([lambda: Linear(o.in_features, o.out_features), lambda: nn.Linear(o.in_features, o.out_features, bias=False), lambda: nn.Sequential(nn.Linear(o.in_features, o.out_features), nn.Tanh())])()
-    elif type(o) is nn.LayerNorm: new = n.r.choice([lambda: nn.LayerNorm(o.normalized_shape, eps=.1), lambda: nn.LayerNorm(o.normalized_shape, elementwise_affine=False), lambda: nn.LayerNorm(o.normalized_shape, bias=False), lambda: nn.RMSNorm(o.normalized_shape), nn.Identity])()
-    elif type(o) is nn.GELU: new = n.r.choice([lambda: nn.GELU('tanh'), nn.SiLU, nn.Tanh, lambda: nn.ReLU(inplace=True)])()
-    elif type(o) is nn.Dropout and not k.endswith('attn_drop'): new = n.drop(.3) # of that one attention asks the rate alone
+    if type(o) is nn.Linear:
+        new = n.r.choice([lambda: Linear(o.in_features, o.out_features),
+                          lambda: nn.Linear(o.in_features, o.out_features, bias=False),
+                          lambda: nn.Sequential(nn.Linear(o.in_features, o.out_features), nn.Tanh())])()
+    elif type(o) is nn.LayerNorm:
+        new = n.r.choice([lambda: nn.LayerNorm(o.normalized_shape, eps=.1),
+                          lambda: nn.LayerNorm(o.normalized_shape, elementwise_affine=False),
+                          lambda: nn.LayerNorm(o.normalized_shape, bias=False), lambda: nn.RMSNorm(o.normalized_shape),
+                          nn.Identity])()
+    elif type(o) is nn.GELU:
+        new = n.r.choice([lambda: nn.GELU('tanh'), nn.SiLU, nn.Tanh, lambda: nn.ReLU(inplace=True)])()
+    # of that one attention asks the rate alone
+    elif type(o) is nn.Dropout and not k.endswith('attn_drop'): new = n.drop(.3)
     else: return
     n.say(f'{k} replaced by {type(new).__name__}')
     place(n.model, k, new)
@@ -168,20 +217,29 @@ def replaced(n):
 def settings(n):
     k,o = pick(n, nn.LayerNorm, nn.GELU, nn.Dropout, Attention)
     if k is None: return
-    name,value = {nn.LayerNorm:('eps',.1), nn.GELU:('approximate','tanh'), nn.Dropout:('p',1.), Attention:('fused_attn',False)}.get(type(o), (None,None))
+    name,value = {nn.LayerNorm:('eps',.1), nn.GELU:('approximate','tanh'), nn.Dropout:('p',1.),
+                  Attention:('fused_attn',False)}.get(type(o), (None,None))
     if name is None or k=='head_drop': return
     n.say(f'{k}.{name} = {value}')
     setattr(o, name, value)
 
-def any_module(n): return n.r.choice([(k,o) for k,o in n.model.named_modules() if k and type(o) not in (nn.ModuleList,nn.ModuleDict) and 'parametrizations' not in k and not k.endswith('.attn.out_proj') and not isinstance(o, (ReversibleSequence,))
+def any_module(n):
+    return n.r.choice([(k,o) for k,o in n.model.named_modules() if k
+                                      and type(o) not in (nn.ModuleList,nn.ModuleDict)
+                                      and 'parametrizations' not in k and not k.endswith('.attn.out_proj')
+                                      and not isinstance(o, (ReversibleSequence,))
                                       and type(o).__name__!='Sequence'])
 
 def scaled(o, s): return tuple(t*s for t in o) if isinstance(o, tuple) else o*s if isinstance(o, torch.Tensor) else o
 def hook(n):
     k,o = any_module(n)
     d = n.drop(.3)
-    ways = dict(forward=lambda: o.register_forward_hook(lambda m,i,out: scaled(out, 1.1)), pre=lambda: o.register_forward_pre_hook(lambda m,i: scaled(i, 1.1)), watching=lambda: o.register_forward_hook(lambda *a: None),
-        backward=lambda: o.register_full_backward_hook(lambda m,gi,go: tuple(None if g is None else g*1.1 for g in gi)), backward_pre=lambda: o.register_full_backward_pre_hook(lambda m,go: tuple(None if g is None else g*1.1 for g in go)),
+    ways = dict(forward=lambda: o.register_forward_hook(lambda m,i,out: scaled(out, 1.1)),
+        pre=lambda: o.register_forward_pre_hook(lambda m,i: scaled(i, 1.1)),
+        watching=lambda: o.register_forward_hook(lambda *a: None),
+        backward=lambda: o.register_full_backward_hook(lambda m,gi,go: tuple(None if g is None else g*1.1 for g in gi)),
+        backward_pre=lambda: o.register_full_backward_pre_hook(lambda m, go: tuple(None
+            if g is None else g*1.1 for g in go)),
         drawing=lambda: o.register_forward_hook(lambda m,i,out: d(out) if isinstance(out, torch.Tensor) else None))
     way = n.r.choice(list(ways))
     n.say(f'{way} hook on {k}')
@@ -191,7 +249,8 @@ def hook(n):
 def keeping(n):
     "A hook or a module keeps what it sees, and the values are compared after the backward pass"
     k,o = some_half(n)
-    inner = [(f'{k}.{j}' if j else k, u) for j,u in o.named_modules() if not isinstance(u, (nn.ModuleList,ReversibleSequence))]
+    inner = [(f'{k}.{j}' if j else k, u) for j,u in o.named_modules()
+             if not isinstance(u, (nn.ModuleList,ReversibleSequence))]
     k,o = n.r.choice(inner[:6])
     way = n.r.choice(('input','output','pre'))
     n.say(f'hook that keeps the {way} of {k}')
@@ -222,14 +281,18 @@ def undone(handle):
     finally: h.remove()
 
 def class_patch(n):
-    c,s = n.r.choice((Attention,Mlp,nn.GELU,nn.Linear,nn.LayerNorm,nn.Dropout,nn.Identity,nn.Conv2d,nn.Tanh)),n.r.choice((1.1,.9))
+    c,s = n.r.choice((Attention,Mlp,nn.GELU,nn.Linear,nn.LayerNorm,nn.Dropout,nn.Identity,nn.Conv2d,
+                      nn.Tanh)),n.r.choice((1.1,.9))
     n.say(f'{c.__name__}.forward patched')
     n.around.append(lambda: patched(c, 'forward', lambda old, self, *a, **kw: scaled(old(self, *a, **kw), s)))
 
 def global_hook(n):
     c = n.r.choice((nn.GELU,nn.Linear,nn.LayerNorm,Attention,nn.Dropout))
-    ways = dict(forward=lambda: hooks.register_module_forward_hook(lambda m,i,o: scaled(o, 1.1) if type(m) is c else None), pre=lambda: hooks.register_module_forward_pre_hook(lambda m,i: scaled(i, 1.1) if type(m) is c else None),
-        backward=lambda: hooks.register_module_full_backward_hook(lambda m,gi,go: tuple(None if g is None else g*1.1 for g in gi) if type(m) is c else None))
+    ways = dict(forward=lambda: hooks.register_module_forward_hook(lambda m,i,o: scaled(o, 1.1)
+        if type(m) is c else None), pre=lambda: hooks.register_module_forward_pre_hook(lambda m,i: scaled(i, 1.1)
+            if type(m) is c else None),
+        backward=lambda: hooks.register_module_full_backward_hook(lambda m,gi,go: tuple(None if g is None else g*1.1
+            for g in gi) if type(m) is c else None))
     way = n.r.choice(list(ways))
     n.say(f'global {way} hook on {c.__name__}')
     n.zeros |= way=='backward'
@@ -250,7 +313,8 @@ def frozen(n):
 def shared(n):
     by = {}
     for k,o in named(n, nn.Linear, nn.LayerNorm):
-        if 'weight' in o._parameters and o._parameters['weight'] is not None and o.weight.is_leaf: by.setdefault(tuple(o.weight.shape), []).append((k,o))
+        if 'weight' in o._parameters and o._parameters['weight'] is not None and o.weight.is_leaf:
+            by.setdefault(tuple(o.weight.shape), []).append((k,o))
     by = [v for v in by.values() if len(v)>1]
     if not by: return
     (k,a),(j,b) = n.r.sample(n.r.choice(by), 2)
@@ -268,13 +332,15 @@ def shared_half(n):
 
 def drop_path(n):
     blocks = [b for b in n.model.modules() if type(b) in (ReversibleBlock,Block)]
-    if not n.model.training or n.rates or n.state or n.step in TWICE or n.dtype!=torch.float64: return # survivors are told by many digits
+    # survivors are told by many digits
+    if not n.model.training or n.rates or n.state or n.step in TWICE or n.dtype!=torch.float64: return
     for b in n.r.sample(blocks, min(len(blocks), n.r.randint(1, 3))):
         b.drop_path = n.r.choice((.2,.5,.8))
         n.rates.append(b)
     n.say(f"drop path {' '.join(str(b.drop_path) for b in n.rates)}")
 
-# --- state that no tensor holds. PyTorch's own checkpoint does not look after it, so such a net has none: there would be nothing to compare with
+# --- state that no tensor holds. PyTorch's own checkpoint does not look after it, so such a net has none: there would
+# be nothing to compare with
 
 TWICE,AGAIN = ('two','two threads'),('checkpoint','reentrant')
 def recomputes(n): return n.step in AGAIN or 'checkpointed' in n.halves
@@ -293,7 +359,8 @@ def task(o, x): return o.m(x)*o.vs[o.n]
 def stateful(n):
     if recomputes(n): return
     k,o = some_half(n)
-    ways = dict(task=task, adapter=lambda o,x: o.m(x)*o.vs[{1:0,2:1}[o.n]], attribute=lambda o,x: o.m(x)*o.n, training=lambda o,x: o.m(x)*(2. if o.training else 1.))
+    ways = dict(task=task, adapter=lambda o,x: o.m(x)*o.vs[{1:0,2:1}[o.n]], attribute=lambda o,x: o.m(x)*o.n,
+                training=lambda o,x: o.m(x)*(2. if o.training else 1.))
     way = n.r.choice(list(ways))
     n.state = True
     n.say(f'{way} of {k} changed before backward')
@@ -302,7 +369,8 @@ def stateful(n):
     n.between.append(lambda: s.eval() if way=='training' else setattr(s, 'n', 2))
 
 def does_not_repeat(n):
-    "A counter, or noise from elsewhere: there is no plain gradient to compare with unless F is called once, so F's value is noted for the judge"
+    """A counter, or noise from elsewhere: there is no plain gradient to compare with unless F is called once, so F's
+    value is noted for the judge"""
     if recomputes(n): return
     k,o = some_half(n)
     n.book.keys += 1   # one half may have two of them
@@ -321,7 +389,8 @@ def late_setting(n):
     if recomputes(n): return
     k,o = pick(n, nn.LayerNorm, nn.GELU, nn.Dropout)
     if k is None: return
-    name,value = {nn.LayerNorm:('eps',.5), nn.GELU:('approximate','tanh'), nn.Dropout:('p',.5)}[type(o)] if type(o) in (nn.LayerNorm,nn.GELU,nn.Dropout) else (None,None)
+    name,value = {nn.LayerNorm:('eps',.5), nn.GELU:('approximate','tanh'),
+                  nn.Dropout:('p',.5)}[type(o)] if type(o) in (nn.LayerNorm,nn.GELU,nn.Dropout) else (None,None)
     if name is None: return
     n.state = True
     n.say(f'{k}.{name} = {value} before backward')
@@ -330,8 +399,11 @@ def late_setting(n):
 def late_edit(n):
     if recomputes(n): return
     k,o = some_half(n)
-    ways = dict(mode=lambda: o.eval(), weight=lambda: torch.no_grad()(lambda: [p.mul_(1.5) for p in list(o.parameters())[:1]])(), data=lambda: [setattr(p, 'data', p.data*1.5) for p in list(o.parameters())[:1]],
-        hook=lambda: o.register_forward_hook(lambda m,i,out: scaled(out, 1.5)), forward=lambda: setattr(o, 'forward', lambda x: x*0))
+    ways = dict(mode=lambda: o.eval(),
+        weight=lambda: torch.no_grad()(lambda: [p.mul_(1.5) for p in list(o.parameters())[:1]])(),
+        data=lambda: [setattr(p, 'data', p.data*1.5) for p in list(o.parameters())[:1]],
+        hook=lambda: o.register_forward_hook(lambda m,i,out: scaled(out, 1.5)),
+        forward=lambda: setattr(o, 'forward', lambda x: x*0))
     way = n.r.choice(list(ways))
     n.state,n.zeros = True,n.zeros or way=='forward'   # what gave zeros may then give nothing
     n.say(f'{way} of {k} changed before backward')
@@ -372,9 +444,11 @@ def training(m, xs):
 def thread_trains(n):
     if recomputes(n): return
     n.busy = True
-    m = ReversibleSequence([ReversibleBlock(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.Dropout(.5)), nn.Linear(4, 4), .3) for _ in range(2)], 1)
+    m = ReversibleSequence([ReversibleBlock(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.Dropout(.5)),
+                                            nn.Linear(4, 4), .3) for _ in range(2)], 1)
     n.say('a thread trains another model')
-    if not n.judges: n.around.insert(0, lambda: training(m, [torch.ones(3, 2, 4, device='cpu')]*2)) # not within a device or a patch
+    # not within a device or a patch
+    if not n.judges: n.around.insert(0, lambda: training(m, [torch.ones(3, 2, 4, device='cpu')]*2))
 
 class Wait(nn.Module):
     "`m`, while another thread draws"
@@ -391,8 +465,11 @@ def thread_draws_inside(n):
     place(n.model, k, Wait(o))
 
 def contexts(n):
-    ways = dict(saved_identity=lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t), save_on_cpu=torch.autograd.graph.save_on_cpu, device=lambda: torch.device('meta'), anomaly=lambda: torch.autograd.set_detect_anomaly(True, check_nan=False),
-        default=lambda: default_dtype(torch.bfloat16), saved_copy=lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t))
+    ways = dict(saved_identity=lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
+        save_on_cpu=torch.autograd.graph.save_on_cpu, device=lambda: torch.device('meta'),
+        anomaly=lambda: torch.autograd.set_detect_anomaly(True, check_nan=False),
+        default=lambda: default_dtype(torch.bfloat16),
+        saved_copy=lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t))
     way = n.r.choice(list(ways))
     n.say(f'within {way}')
     n.around.append(ways[way])
@@ -424,8 +501,11 @@ def inputs(n):
     n.needs = n.r.choice(((False,False),(True,False),(False,True)))[:len(n.xs)]
     n.say(f'inputs need gradients: {n.needs}')
 
-INGREDIENTS = [weight_surgery]*4+[adapter]*4+[wrapped]*4+[replaced]*3+[settings]*2+[hook]*4+[keeping]*2+[instance_forward]*3+[class_patch]*3+[global_hook]*2+[frozen]*3+[shared]*2+[shared_half]*2+[drop_path]*5 \
-    +[stateful]*2+[does_not_repeat]*2+[late_setting]*2+[late_edit]*2+[thread_draws,thread_trains]+[thread_draws_inside]*2+[contexts]*3+[stepping]*4+[evaluates,partly_eval,inputs]
+INGREDIENTS = ([weight_surgery]*4 + [adapter]*4 + [wrapped]*4 + [replaced]*3 + [settings]*2 + [hook]*4 + [keeping]*2
+               + [instance_forward]*3 + [class_patch]*3 + [global_hook]*2 + [frozen]*3 + [shared]*2 + [shared_half]*2
+               + [drop_path]*5 + [stateful]*2 + [does_not_repeat]*2 + [late_setting]*2 + [late_edit]*2
+               + [thread_draws, thread_trains] + [thread_draws_inside]*2 + [contexts]*3 + [stepping]*4
+               + [evaluates, partly_eval, inputs])
 
 # ---------------------------------------------------------------- one case
 
@@ -435,14 +515,16 @@ def build(seed, index, judges, book, only=None):
         r = random.Random(f'{seed}/{index}/'+'/'.join(map(str, what)))
         torch.manual_seed(r.getrandbits(40))
         return r
-    n = SimpleNamespace(judges=judges, book=book, halves=[], words=[], around=[], between=[], box=[], rates=[], state=False, busy=False, zeros=False, step='backward', needs=None)
+    n = SimpleNamespace(judges=judges, book=book, halves=[], words=[], around=[], between=[], box=[], rates=[],
+                        state=False, busy=False, zeros=False, step='backward', needs=None)
     n.say,n.r,book.keys = n.words.append,start('net'),-1
     n.drop = lambda p: Drop(p, book, judges)
     n.model,n.xs = n.r.choice(NETS)(n)
     with torch.no_grad():
         for p in n.model.parameters(): p.add_(torch.randn(p.shape), alpha=.1)
     n.dtype,n.autocast = n.r.choices([torch.float64,torch.float32],[.94,.06])[0],False
-    if n.dtype==torch.float32 and not isinstance(n.model, (RevMViT,MVit)): n.autocast = n.r.random()<.5   # PyTorch's depthwise convolutions in bfloat16 are wrong on CPUs
+    # PyTorch's depthwise convolutions in bfloat16 are wrong on CPUs
+    if n.dtype==torch.float32 and not isinstance(n.model, (RevMViT,MVit)): n.autocast = n.r.random()<.5
     n.tol = 1e-10 if n.dtype==torch.float64 else .1 if n.autocast else 1e-4
     if n.dtype!=torch.float64: n.say('autocast' if n.autocast else 'float32')
     n.model,n.xs = n.model.to(n.dtype),[x.to(n.dtype) for x in n.xs]
@@ -456,7 +538,8 @@ def build(seed, index, judges, book, only=None):
     return n,count
 
 def step(n, first=None):
-    "Outputs, kept tensors and gradients by name; `first` is what the package gave, for the judge to find drop path's survivors by"
+    """Outputs, kept tensors and gradients by name; `first` is what the package gave, for the judge to find drop
+    path's survivors by"""
     m,named = n.model,{}
     if n.judges and n.rates and first:
         named_out = [o for k,o in first.items() if k.startswith('output')]
@@ -465,17 +548,20 @@ def step(n, first=None):
         n.box.clear()
     n.book.strict = n.judges
     xs = [x.detach().clone().requires_grad_(not n.needs or n.needs[i]) for i,x in enumerate(n.xs)]
-    leaves = {**{f'input {i}':x for i,x in enumerate(xs) if x.requires_grad}, **{k:p for k,p in m.named_parameters() if p.requires_grad}}
+    leaves = {**{f'input {i}':x for i,x in enumerate(xs) if x.requires_grad},
+              **{k:p for k,p in m.named_parameters() if p.requires_grad}}
     torch.manual_seed(1)
     def forward(*xs):
         with torch.autocast('cpu', torch.bfloat16) if n.autocast else contextlib.nullcontext(): return m(*xs)
     with contextlib.ExitStack() as stack:
         for o in n.around: stack.enter_context(o())
-        if n.step in ('checkpoint','reentrant') and not n.judges: out = checkpoint(forward, *xs, use_reentrant=n.step=='reentrant')
+        if n.step in ('checkpoint','reentrant') and not n.judges:
+            out = checkpoint(forward, *xs, use_reentrant=n.step=='reentrant')
         else: out = forward(*xs)
         outs = tensors(out)
         named.update({f'output {i}':o.detach().clone() for i,o in enumerate(outs)})
-        if n.step=='two': outs = [*outs, *tensors(forward(*(x.flip(-1)*.5 for x in xs)))]   # a norm would not see the factor alone
+        # a norm would not see the factor alone
+        if n.step=='two': outs = [*outs, *tensors(forward(*(x.flip(-1)*.5 for x in xs)))]
         other = weighted(forward(*(x.flip(-1)*.7 for x in xs)), 1) if n.step=='two threads' else None
         n.book.writing,n.kept = False,len(n.box)
         if n.step=='in place': outs[0].mul_(2)
@@ -486,13 +572,15 @@ def step(n, first=None):
     return {k:v.to_dense() if v is not None and v.is_sparse else v for k,v in named.items()}
 
 def kept(n, named, first):
-    "Rows that hooks kept in the forward pass, as they are now; the judge gives for each that the package kept the one of its own that is nearest"
+    """Rows that hooks kept in the forward pass, as they are now; the judge gives for each that the package kept the
+    one of its own that is nearest"""
     rows = [r.detach().double().flatten().clone() for t in n.box[:n.kept] for r in t]
     if not n.judges: named.update({f'kept {i}':r for i,r in enumerate(rows)})
     for k,r in (first or {}).items():
         if not k.startswith('kept '): continue
         near = [o for o in rows if o.shape==r.shape]
-        named[k] = min(near, key=lambda o: float((o-r).norm())) if near else r   # a layer inside may see rows of another shape
+        # a layer inside may see rows of another shape
+        named[k] = min(near, key=lambda o: float((o-r).norm())) if near else r
 
 @contextlib.contextmanager
 def quiet(n):
@@ -545,7 +633,8 @@ def case(seed, index, only=None):
         if not judges: seen.update(out)
         return out
     like = build(seed, index, False, Book(), only)[0]
-    if like.state and like.dtype==torch.float32 and not like.autocast: like.tol = 2e-3   # below half of the digits a change is not told from rounding
+    # below half of the digits a change is not told from rounding
+    if like.state and like.dtype==torch.float32 and not like.autocast: like.tol = 2e-3
     told = {}
     def asked():
         out = side(True)
@@ -574,7 +663,8 @@ def shrunk(v):
 def recipe(v):
     "One line that says what happened and how to see it again"
     only = '' if v.only is None else f" --only {','.join(map(str, v.only)) or '-'}"
-    return f"{v.kind}{f' {v.error:.2g}' if v.error else ''}: python tools/fuzz.py --case {v.seed}:{v.index}{only}   # {v.words}; {v.what[:150]}"
+    return (f"{v.kind}{f' {v.error:.2g}' if v.error else ''}: python tools/fuzz.py --case {v.seed}:{v.index}{only}   # "
+            f"{v.words}; {v.what[:150]}")
 
 def run(seed, indices):
     "Verdicts counted, and those that are a fault of the package's"

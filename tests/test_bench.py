@@ -1,4 +1,5 @@
-"The benchmark: what a record holds, what becomes of candidates that cannot run, and how files are read back. No times are judged"
+"""The benchmark: what a record holds, what becomes of candidates that cannot run, and how files are read back. No
+times are judged"""
 import ast, gc, json, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ TINY = dict(img_size=32, embed_dim=16, num_heads=2, depth=2)
 PLAIN,OURS = Candidate('plain', 'vit_small_patch16_224'),Candidate('ours', 'revvit_small_patch16_224')
 root = Path(__file__).resolve().parent.parent
 
-def group(*candidates, **kw): return Group('tiny', candidates or (PLAIN,OURS), 2, (3,32,32), args=TINY, **{**dict(depth=2, rounds=1), **kw})
+def group(*candidates, **kw):
+    return Group('tiny', candidates or (PLAIN,OURS), 2, (3,32,32), args=TINY, **{**dict(depth=2, rounds=1), **kw})
 def rows(*candidates, **kw): return bench.run_group(group(*candidates, **kw))['rows']
 
 @pytest.fixture(scope='module', autouse=True)
@@ -26,7 +28,8 @@ def quick_collections():
 @pytest.fixture(scope='module')
 def record():
     seen = []
-    res = bench.benchmark([group(), group(PLAIN, measures=('operations',))], title='test', command='typed', memory=1e9, done=lambda r: seen.append(json.loads(json.dumps(r))))
+    res = bench.benchmark([group(), group(PLAIN, measures=('operations',))], title='test', command='typed', memory=1e9,
+                          done=lambda r: seen.append(json.loads(json.dumps(r))))
     assert [(len(o['groups']), o['complete']) for o in seen] == [(1, False), (2, True)] # handed over after each group
     return seen[-1]
 
@@ -39,21 +42,27 @@ def here(monkeypatch, capfd, tmp_path):
         capfd.readouterr()
         code,(out,err) = cli.revvit_bench([str(o) for o in args]),capfd.readouterr()
         # the profiler of a process that used it before the command could quieten it
-        return code,out,''.join(o for o in err.splitlines(True) if 'ActivityProfiler' not in o and 'DeviceProperties' not in o)
+        return code,out,''.join(o for o in err.splitlines(True) if 'ActivityProfiler' not in o
+                                and 'DeviceProperties' not in o)
     return _run
 
 # ---------------------------------------------------------------- the record
 
 def test_what_a_record_holds(record):
-    assert (record['format'], record['title'], record['command'], record['device_type'], record['threads'], record['memory']) == (1, 'test', 'typed', 'cpu', 1, 1e9)
-    assert set(record['versions']) == {'revvit', 'torch', 'timm', 'python'} and record['device'] and record['cores'] and record['date'][:2] == '20'
+    assert (record['format'], record['title'], record['command'], record['device_type'], record['threads'],
+            record['memory']) == (1, 'test', 'typed', 'cpu', 1, 1e9)
+    assert set(record['versions']) == {'revvit', 'torch', 'timm', 'python'} and record['device'] and record['cores']
+    assert record['date'][:2] == '20'
     assert len(record['load']) == len(record['load_after']) == 3 and record['seconds'] > 0
     a,b = record['groups']
-    assert (a['title'], a['batch_size'], a['amp'], a['args']['embed_dim'], len(a['rows']), len(b['rows'])) == ('tiny', 2, 'float32', 16, 2, 1)
+    assert (a['title'], a['batch_size'], a['amp'], a['args']['embed_dim'], len(a['rows']),
+            len(b['rows'])) == ('tiny', 2, 'float32', 16, 2, 1)
     for r in a['rows']:
         assert r['status'] == 'ok' and 'why' not in r
-        for k in ('parameters', 'kept', 'peak', 'per_image', 'per_block', 'largest_batch', 'deepest', 'operations', 'seconds', 'images_per_second', 'ratio', 'ratio_low', 'ratio_high'): assert r[k] > 0, k
-        assert r['ratio_low'] <= r['ratio'] <= r['ratio_high'] and 0 < r['gradient_error'] < 1e-5 and r['kept'] <= r['peak']
+        for k in ('parameters', 'kept', 'peak', 'per_image', 'per_block', 'largest_batch', 'deepest', 'operations',
+                  'seconds', 'images_per_second', 'ratio', 'ratio_low', 'ratio_high'): assert r[k] > 0, k
+        assert r['ratio_low'] <= r['ratio'] <= r['ratio_high'] and 0 < r['gradient_error'] < 1e-5
+        assert r['kept'] <= r['peak']
     assert a['rows'][0]['ratio'] == 1
     assert 'seconds' not in b['rows'][0] and 'kept' not in b['rows'][0] # only what was asked for
 
@@ -75,7 +84,8 @@ def test_memory_is_that_of_the_checkers():
     line = measures.lines_of(plain, measures.memory_of(plain, 2)['peak'])
     assert line['fixed']+6*line['per_image'] == pytest.approx(measures.memory_of(plain, 6)['peak'], rel=.1)
 
-@pytest.mark.parametrize('memory,batch,largest,deepest', [(1000, 2, 10, 9), (1000, 10, 10, 3), (199, 1, 0, 2), (0, 1, 0, 0)])
+@pytest.mark.parametrize('memory,batch,largest,deepest',
+                         [(1000, 2, 10, 9), (1000, 10, 10, 3), (199, 1, 0, 2), (0, 1, 0, 0)])
 def test_what_fits(memory, batch, largest, deepest):
     "By hand: 16 bytes a weight, 40 fixed, 80 an image, 100 a further block"
     row = dict(parameters=10, fixed=40, per_image=60, input=20, per_block=100)
@@ -94,12 +104,16 @@ def test_gradient_error_sees_a_wrong_gradient(monkeypatch):
 
 def test_gradients_are_judged_some_images_at_a_time():
     r = measures.Runner(PLAIN, replace(group(), batch_size=5))
-    for a,b in zip(measures.exact_gradients(r, 2), measures.exact_gradients(r, 5)): torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+    for a,b in zip(measures.exact_gradients(r, 2), measures.exact_gradients(r, 5)):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
 
 def test_operations_are_counted():
     "More where something is done again, and the same in every run"
-    n = {c.name: measures.operations(measures.Runner(c, group())) for c in (PLAIN, replace(PLAIN, name='checkpointed', way='checkpointed'), OURS, replace(OURS, name='stored', settings=dict(on=False)))}
-    assert n['plain'] < n['checkpointed'] and n['stored'] < n['ours'] and n['plain'] == measures.operations(measures.Runner(PLAIN, group()))
+    n = {c.name: measures.operations(measures.Runner(c, group()))
+         for c in (PLAIN, replace(PLAIN, name='checkpointed', way='checkpointed'), OURS,
+                   replace(OURS, name='stored', settings=dict(on=False)))}
+    assert n['plain'] < n['checkpointed'] and n['stored'] < n['ours']
+    assert n['plain'] == measures.operations(measures.Runner(PLAIN, group()))
 
 # ---------------------------------------------------------------- ways and settings
 
@@ -110,11 +124,13 @@ def test_ways_keep_less_and_have_the_same_gradients(way):
 
 def test_attention_is_kept_and_not_repeated():
     "Fewer operations than with everything checkpointed would be repeated, and more bytes than it keeps"
-    a,b = rows(replace(PLAIN, way='checkpointed'), replace(PLAIN, way='attention kept'), measures=('memory',), depth=None)
+    a,b = rows(replace(PLAIN, way='checkpointed'), replace(PLAIN, way='attention kept'),
+               measures=('memory',), depth=None)
     assert b['kept'] > a['kept']
 
 def test_compiled_rivals(monkeypatch):
-    "What torch.compile is given, and that the budget holds while the model is traced; compiling itself takes too long here"
+    """What torch.compile is given, and that the budget holds while the model is traced; compiling itself takes too
+    long here"""
     seen = []
     def fake(m, **kw): return lambda x: seen.append((torch._functorch.config.activation_memory_budget, kw)) or m(x)
     monkeypatch.setattr(torch, 'compile', fake)
@@ -125,18 +141,23 @@ def test_compiled_rivals(monkeypatch):
 
 def test_settings_are_data():
     "Whatever `set_reversible` takes; what it does not take is a row that says so"
-    a,b,c = rows(OURS, replace(OURS, settings=dict(on=False)), replace(OURS, settings=dict(on=True, no_such=.07)), measures=('memory',))
-    assert a['kept'] < b['kept'] and c['status'] == 'failed' and 'no_such' in c['why'] and c['settings'] == dict(on=True, no_such=.07)
+    a,b,c = rows(OURS, replace(OURS, settings=dict(on=False)), replace(OURS, settings=dict(on=True, no_such=.07)),
+                 measures=('memory',))
+    assert a['kept'] < b['kept'] and c['status'] == 'failed' and 'no_such' in c['why']
+    assert c['settings'] == dict(on=True, no_such=.07)
 
 # ---------------------------------------------------------------- what cannot run
 
 def test_a_rival_that_cannot_be_made_has_a_row():
     a,b,c = rows(PLAIN, Candidate('none', 'vit_none'), replace(OURS, way='no such way'))
-    assert (a['status'], b['status'], c['status']) == ('ok', 'failed', 'failed') and 'vit_none' in b['why'] and 'no such way' in c['why'] and '\n' not in b['why']
+    assert (a['status'], b['status'], c['status']) == ('ok', 'failed', 'failed') and 'vit_none' in b['why']
+    assert 'no such way' in c['why'] and '\n' not in b['why']
     assert 'seconds' in a and 'seconds' not in b
 
-@pytest.mark.parametrize('error,status,why', [(RuntimeError('[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 64000000 bytes.'), 'out of memory', '64.0 MB'),
-    (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB.'), 'out of memory', 'on the GPU, where 20.00 MiB'), (ValueError('two\nlines'), 'failed', 'ValueError: two lines')], ids=['CPU', 'CUDA', 'other'])
+@pytest.mark.parametrize('error,status,why', [(RuntimeError('[enforce fail] DefaultCPUAllocator: not enough memory: '
+    'you tried to allocate 64000000 bytes.'), 'out of memory', '64.0 MB'),
+    (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB.'), 'out of memory', 'on the GPU, where '
+     '20.00 MiB'), (ValueError('two\nlines'), 'failed', 'ValueError: two lines')], ids=['CPU', 'CUDA', 'other'])
 @pytest.mark.parametrize('at', [1, 7], ids=['at once', 'in a round'])
 def test_a_step_that_fails_has_a_row(error, status, why, at, monkeypatch):
     "At the first step or among the timed ones; the others are measured as if nothing had been"
@@ -176,26 +197,34 @@ def test_sets_name_what_there_is(groups):
         assert not g.candidates[0].model.startswith('rev') and g.candidates[-1].model.startswith('rev')
         for c in g.candidates:
             assert c.way in measures.ways and (timm.is_model(c.model) or c.model.split('/')[1] in list_models())
-            if g.args.get('drop_path_rate') or c.args.get('drop_path_rate'): assert 'error' not in g.measures # other masks
+            # other masks
+            if g.args.get('drop_path_rate') or c.args.get('drop_path_rate'): assert 'error' not in g.measures
 
 def test_the_gpu_set_has_every_rival():
     first = sets.large_set()[0]
-    assert {'eager', 'checkpointed', 'attention kept', 'offloaded', 'compiled', 'budget 0.1', 'budget 0.5'} == {c.way for c in first.candidates if c.settings is None and not c.model.startswith('rev')}
-    assert {c.model for g in sets.large_set() for c in g.candidates} >= {'torchvision/mvit_v1_b', 'mvitv2_base', 'vit_small_patch16_224', 'vit_base_patch16_224', 'vit_large_patch16_224'}
+    assert {'eager', 'checkpointed', 'attention kept', 'offloaded', 'compiled', 'budget 0.1',
+            'budget 0.5'} == {c.way for c in first.candidates if c.settings is None and not c.model.startswith('rev')}
+    assert {c.model for g in sets.large_set() for c in g.candidates} >= {'torchvision/mvit_v1_b', 'mvitv2_base',
+        'vit_small_patch16_224', 'vit_base_patch16_224', 'vit_large_patch16_224'}
 
 def test_own_set_is_a_product():
     gs = sets.own_set(['revvit_tiny_patch16_224'], [1,2], [3,4], ['float32','bfloat16'], ['eager'], ['stored'])
-    assert sorted((g.batch_size, g.args['depth'], g.amp) for g in gs) == sorted((b, d, a) for b in (1,2) for d in (3,4) for a in ('float32','bfloat16'))
+    assert sorted((g.batch_size, g.args['depth'], g.amp) for g in gs) == sorted((b, d, a) for b in (1,2)
+        for d in (3,4) for a in ('float32','bfloat16'))
     assert [c.settings for c in gs[0].candidates] == [None, dict(on=False)]
 
 # ---------------------------------------------------------------- tables, files, figures
 
 def test_table(record):
     t = bench.table(record['groups'][0])
-    assert list(t.index) == ['plain', 'ours'] and {'step', 'ratio', 'images/s', 'operations', 'kept MB', 'peak MB', 'largest batch', 'deepest', 'gradient error'} <= set(t)
+    assert list(t.index) == ['plain', 'ours']
+    assert {'step', 'ratio', 'images/s', 'operations', 'kept MB', 'peak MB', 'largest batch', 'deepest',
+            'gradient error'} <= set(t)
     assert 'why not' not in t and 'reserved MB' not in t and t.loc['plain', 'ratio'] == '1.00'
-    broken = bench.table(dict(title='x', rows=[dict(name='a', status='failed', why='no'), dict(name='b', status='ok', seconds=.002)]))
-    assert broken.loc['a', 'why not'] == 'failed: no' and broken.loc['b', 'why not'] == '' and broken.loc['b', 'step'] == '2 ms'
+    broken = bench.table(dict(title='x', rows=[dict(name='a', status='failed', why='no'),
+                                               dict(name='b', status='ok', seconds=.002)]))
+    assert broken.loc['a', 'why not'] == 'failed: no' and broken.loc['b', 'why not'] == ''
+    assert broken.loc['b', 'step'] == '2 ms'
 
 def test_figure_leaves_out_what_was_not_measured(record):
     import matplotlib.pyplot as plt
@@ -208,11 +237,14 @@ def test_figure_leaves_out_what_was_not_measured(record):
 def test_reader_and_the_results_notebook(n, record, tmp_path, monkeypatch):
     "The notebook's own code on a folder of so many files"
     import matplotlib.pyplot as plt
-    for i in range(n): (tmp_path/f'{i}.json').write_text(json.dumps(dict(record, title=f'run {i}', date=f'20{20-i}-01-01T00:00:00+00:00')))
+    for i in range(n):
+        (tmp_path/f'{i}.json').write_text(json.dumps(dict(record, title=f'run {i}',
+            date=f'20{20-i}-01-01T00:00:00+00:00')))
     found = bench.read_results(tmp_path)
     assert list(found) == [f'{i}.json' for i in reversed(range(n))]
     path = root/'nbs'/'results'/'measured.ipynb'
-    code = [''.join(c['source']) for c in json.loads(path.read_text(encoding='utf8'))['cells'] if c['cell_type'] == 'code']
+    code = [''.join(c['source']) for c in json.loads(path.read_text(encoding='utf8'))['cells']
+            if c['cell_type'] == 'code']
     from execnb.shell import CaptureShell
     monkeypatch.chdir(tmp_path)
     shell,said = CaptureShell(),''
@@ -236,7 +268,8 @@ def test_command_prints_tables_and_leaves_one_file(here, tmp_path):
     assert (code, err) == (0, '')
     (path,) = (tmp_path/'new'/'folder').iterdir()
     record = json.loads(path.read_text())
-    assert record['complete'] and record['command'] == 'revvit_bench --device cpu' and record['title'] == 'small set' and str(tmp_path) not in path.read_text()
+    assert record['complete'] and record['command'] == 'revvit_bench --device cpu' and record['title'] == 'small set'
+    assert str(tmp_path) not in path.read_text()
     assert path.name in out and 'small set: ' in out and 'plain' in out and 'ours' in out and 'gradient error' in out
     (path.parent/'other.txt').write_text('stays')
 
@@ -245,13 +278,21 @@ def test_where_the_file_goes_by_default(there, here, tmp_path):
     if there: (tmp_path/'nbs'/'results').mkdir(parents=True)
     code,out,err = here('--small', '--json', '--device', 'cpu')
     (path,) = tmp_path.rglob('*.json')
-    assert (code, err) == (0, '') and path.parent == (tmp_path/'nbs'/'results' if there else tmp_path) and json.loads(out) == json.loads(path.read_text())
+    assert (code, err) == (0, '') and path.parent == (tmp_path/'nbs'/'results' if there else tmp_path)
+    assert json.loads(out) == json.loads(path.read_text())
 
-@pytest.mark.parametrize('args,said', [(['--models', 'revvit_huge'], 'models must be of'), (['--depths', '3'], '--depths must come with --models'), (['--batch-sizes', '2'], '--batch-sizes must come with --models'),
-    (['--models', 'revvit_tiny_patch16_224', '--small'], 'leave it or --models out'), (['--models', 'revvit_tiny_patch16_224', '--rivals', 'faster'], 'rivals must be of eager'),
-    (['--models', 'revvit_tiny_patch16_224', '--settings', 'x'], 'settings must be of reversible'), (['--models', 'revvit_tiny_patch16_224', '--batch-sizes', '0'], '1 or more'),
-    (['--models', 'revvit_tiny_patch16_224', '--depths', '2.5'], "got '2.5'"), (['--models', 'revmvit_base_224', '--depths', '2'], 'depths are for ViTs'), (['--memory', '0'], '--memory must be a number above 0'),
-    (['--minutes', 'inf'], '--minutes must be a number above 0'), (['--threads', '0'], '--threads must be 1 or more'), (['--device', 'meta'], 'device'), (['--out', 'file'], 'file'), (['--fast'], 'unrecognized')], ids=' '.join)
+@pytest.mark.parametrize('args,said', [(['--models', 'revvit_huge'], 'models must be of'),
+    (['--depths', '3'], '--depths must come with --models'), (['--batch-sizes', '2'], '--batch-sizes must come with '
+        '--models'),
+    (['--models', 'revvit_tiny_patch16_224', '--small'], 'leave it or --models out'),
+    (['--models', 'revvit_tiny_patch16_224', '--rivals', 'faster'], 'rivals must be of eager'),
+    (['--models', 'revvit_tiny_patch16_224', '--settings', 'x'], 'settings must be of reversible'),
+    (['--models', 'revvit_tiny_patch16_224', '--batch-sizes', '0'], '1 or more'),
+    (['--models', 'revvit_tiny_patch16_224', '--depths', '2.5'], "got '2.5'"),
+    (['--models', 'revmvit_base_224', '--depths', '2'], 'depths are for ViTs'),
+    (['--memory', '0'], '--memory must be a number above 0'),
+    (['--minutes', 'inf'], '--minutes must be a number above 0'), (['--threads', '0'], '--threads must be 1 or more'),
+    (['--device', 'meta'], 'device'), (['--out', 'file'], 'file'), (['--fast'], 'unrecognized')], ids=' '.join)
 def test_command_refuses(args, said, here, tmp_path):
     (tmp_path/'file').write_text('x')
     code,out,err = here(*args)
@@ -273,10 +314,14 @@ def test_ctrl_c_leaves_the_finished_groups(finished, here, tmp_path, monkeypatch
     if finished: assert not found[0]['complete'] and len(found[0]['groups']) == 1 and ', 1 group\n' in err
 
 def test_a_process_of_its_own_says_nothing_else(tmp_path):
-    "The profiler would report on the error stream whenever it starts; and the benchmark is imported when it is asked for"
-    line = ['--models', 'revvit_tiny_patch16_224', '--depths', '1', '--batch-sizes', '1', '--rivals', 'eager', '--settings', 'stored', '--device', 'cpu']
-    code = 'import sys; from revvit.use.cli import revvit_bench; assert "revvit.use.benchmark" not in sys.modules; sys.exit(revvit_bench())'
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, *line], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    """The profiler would report on the error stream whenever it starts; and the benchmark is imported when it is
+    asked for"""
+    line = ['--models', 'revvit_tiny_patch16_224', '--depths', '1', '--batch-sizes', '1', '--rivals', 'eager',
+            '--settings', 'stored', '--device', 'cpu']
+    code = ('import sys; from revvit.use.cli import revvit_bench; assert "revvit.use.benchmark" not in sys.modules; '
+            'sys.exit(revvit_bench())')
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, *line], cwd=tmp_path, capture_output=True,
+                       text=True, timeout=300)
     assert (r.returncode, r.stderr) == (0, ''), r.stderr
     (path,) = tmp_path.iterdir()
     assert [o['status'] for o in json.loads(path.read_text())['groups'][0]['rows']] == ['ok','ok']

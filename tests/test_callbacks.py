@@ -6,7 +6,8 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np, pytest, torch
-from fastai.vision.all import AvgSmoothLoss, Callback, CSVLogger, Learner, MixedPrecision, OptimWrapper, accuracy, set_seed
+from fastai.vision.all import (AvgSmoothLoss, Callback, CSVLogger, Learner, MixedPrecision, OptimWrapper, accuracy,
+                               set_seed)
 from torch import nn
 from torch.testing import assert_close
 from revvit.core.memory import saved_bytes
@@ -218,7 +219,8 @@ def test_plain_lines(dls):
     assert all(o.isprintable() for o in lines) and 'left' not in lines[-1] and all('left' in o for o in lines[:5])
     assert all('images/s' in o and 'accuracy' in o and 'lr 0.' in o for o in lines if 'step' in o)
 
-@pytest.mark.parametrize('args,silent,n', [((11,), (), 6), ((5,), ('no_logging',), 8), ((5,), ('no_bar','no_logging'), 0)], ids=str)
+@pytest.mark.parametrize('args,silent,n', [((11,), (), 6), ((5,), ('no_logging',), 8),
+                                           ((5,), ('no_bar','no_logging'), 0)], ids=str)
 def test_fewer_lines(dls, args, silent, n): assert len(plain_lines(dls, *args, silent=silent)) == n
 
 def clock(monkeypatch, tick):
@@ -226,7 +228,8 @@ def clock(monkeypatch, tick):
     now = itertools.count(0, tick)
     monkeypatch.setattr(progress, 'perf_counter', lambda: next(now))
 
-@pytest.mark.parametrize('tick,first,then', [(1e-9, [1], []), (1e9, list(range(1,12)), list(range(1,12)))], ids=['short','long'])
+@pytest.mark.parametrize('tick,first,then', [(1e-9, [1], []), (1e9, list(range(1,12)), list(range(1,12)))],
+                         ids=['short','long'])
 def test_lines_by_time(dls, monkeypatch, tick, first, then):
     "Of a run of no time the first step and the epochs; of one without end each step"
     clock(monkeypatch, tick)
@@ -260,14 +263,18 @@ class Tick(Callback):
 
 @pytest.mark.parametrize('epochs,each', [(400, 3.), (60, 20.)], ids=['short epochs','long epochs'])
 def test_an_hour_reads_as_a_report(monkeypatch, epochs, each):
-    "Of a whole run of 3,600 seconds: under 100 kB, no line over 200 characters, epochs in order, a sign of life at least every half minute, the last epoch without time left"
+    """Of a whole run of 3,600 seconds: under 100 kB, no line over 200 characters, epochs in order, a sign of life at
+    least every half minute, the last epoch without time left"""
     tick,model = Tick(each),nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
     monkeypatch.setattr(progress, 'perf_counter', lambda: tick.now)
-    learn = Learner(digits_dls(bs=479, device='cpu'), model, loss_func=MixLoss(), metrics=accuracy, cbs=[PlainLog(), tick])
+    learn = Learner(digits_dls(bs=479, device='cpu'), model, loss_func=MixLoss(), metrics=accuracy,
+                    cbs=[PlainLog(), tick])
     with redirect_stdout(io.StringIO()) as said: learn.fit(epochs, 1e-3)
     text,lines = said.getvalue(),said.getvalue().splitlines()
-    assert tick.now == 3600 and 10_000 < len(text.encode()) < 100_000 and max(map(len, lines)) <= 200 and all(o.isprintable() for o in lines)
-    at = [(int(m[1]), int(m[2] or 99)) for m in (re.fullmatch(rf'epoch (\d+) of {epochs}(?:, step (\d) of 3)?: .*', o) for o in lines)]
+    assert tick.now == 3600 and 10_000 < len(text.encode()) < 100_000 and max(map(len, lines)) <= 200
+    assert all(o.isprintable() for o in lines)
+    form = rf'epoch (\d+) of {epochs}(?:, step (\d) of 3)?: .*'
+    at = [(int(m[1]), int(m[2] or 99)) for m in (re.fullmatch(form, o) for o in lines)]
     assert at == sorted(set(at)) and at[0] == (1, 1) and at[-1] == (epochs, 99) and 'left' not in lines[-1]
     steps = [3*(e-1)+min(s, 3) for e,s in at]
     assert max(b-a for a,b in zip(steps, steps[1:]))*each <= 40
@@ -279,7 +286,8 @@ def test_right_answers(pred, y, n):
     assert got is None if n is None else got == n
 
 def small_net(depth=2):
-    return RevViT(img_size=16, patch_size=4, in_chans=1, num_classes=10, embed_dim=16, num_heads=2, depth=depth, drop_path_rate=.2)
+    return RevViT(img_size=16, patch_size=4, in_chans=1, num_classes=10, embed_dim=16, num_heads=2, depth=depth,
+                  drop_path_rate=.2)
 
 @pytest.mark.parametrize('b', [1,2,7])
 def test_memory_is_that_of_the_batch(b):
@@ -300,7 +308,8 @@ def test_a_run_is_not_changed_by_being_measured(dls, tmp_path):
     ends = []
     for cbs in ((), (RunLog(),)):
         set_seed(0)
-        learn = Learner(dls, small_net(), loss_func=nn.CrossEntropyLoss(), cbs=[SeedRun(0), PlainLog(), *cbs], path=tmp_path)
+        learn = Learner(dls, small_net(), loss_func=nn.CrossEntropyLoss(), cbs=[SeedRun(0), PlainLog(), *cbs],
+                        path=tmp_path)
         quiet(learn, 'fit', 1)
         assert (learn.plain_log.memory is None) == (not cbs)
         ends.append(learn.model.state_dict())
@@ -308,12 +317,15 @@ def test_a_run_is_not_changed_by_being_measured(dls, tmp_path):
 
 def test_columns_of_the_table(dls, tmp_path):
     "Memory and speed beside fastai's columns; a spreadsheet finds as many cells in each row"
-    learn = Learner(dls, small_net(), loss_func=nn.CrossEntropyLoss(), metrics=accuracy, cbs=[PlainLog(), RunLog(), ValidateEvery(2)], path=tmp_path)
+    learn = Learner(dls, small_net(), loss_func=nn.CrossEntropyLoss(), metrics=accuracy,
+                    cbs=[PlainLog(), RunLog(), ValidateEvery(2)], path=tmp_path)
     quiet(learn, 'fit', 3)
     first,*_ = rows = list(csv.DictReader((tmp_path/'history.csv').open()))
-    assert [*first] == ['epoch','train_loss','valid_loss','accuracy','top_5','lr','kept_MB','plain_MB','peak_MB','items_per_second','time']
+    assert [*first] == ['epoch','train_loss','valid_loss','accuracy','top_5','lr','kept_MB','plain_MB','peak_MB',
+                        'items_per_second','time']
     assert [o['epoch'] for o in rows] == ['1','2','3'] and [bool(o['accuracy']) for o in rows] == [False,True,True]
-    assert all(float(o['plain_MB']) > 2*float(o['kept_MB']) and float(o['items_per_second']) > 0 and not o['peak_MB'] for o in rows)
+    assert all(float(o['plain_MB']) > 2*float(o['kept_MB']) and float(o['items_per_second']) > 0
+               and not o['peak_MB'] for o in rows)
 
 @pytest.mark.parametrize('accuracies,saved', [((.1,.3,.2,.3,.4), (0,1,4)), ((None,.2,None,.1,.2), (1,))], ids=str)
 def test_the_best_epoch(accuracies, saved, tmp_path, monkeypatch):
@@ -358,7 +370,8 @@ def test_boards_hear_steps_and_epochs(dls):
 @pytest.mark.parametrize('name', ['tensorboard','wandb'])
 def test_a_board_that_is_not_there(name, monkeypatch):
     monkeypatch.setattr(progress, 'find_spec', lambda name: None)
-    with pytest.raises(ValueError, match=f'--{name} needs a package that is not installed: pip install {name}'): check_board(name)
+    with pytest.raises(ValueError, match=f'--{name} needs a package that is not installed: pip install {name}'):
+        check_board(name)
 
 class Written(list):
     "What a board was told, in place of the board"

@@ -1,4 +1,5 @@
-"What a notebook cannot show about the commands: the installed scripts, exit codes, Ctrl-C, folders that cannot be written"
+"""What a notebook cannot show about the commands: the installed scripts, exit codes, Ctrl-C, folders that cannot be
+written"""
 import csv, itertools, json, math, os, re, shutil, signal, subprocess, sys, threading, time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,13 +29,17 @@ def script(name):
     return path
 
 env = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
-def run(cwd, name, *args, **kwargs): return subprocess.run([script(name), *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300, **kwargs)
+def run(cwd, name, *args, **kwargs):
+    return subprocess.run([script(name), *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True,
+                          timeout=300, **kwargs)
 
 @contextmanager
 def started(cwd, *words, env=env, **kwargs):
-    "A command that runs meanwhile; Ctrl-C reaches it also where these tests do not hear it (nohup, &), and nothing is left"
+    """A command that runs meanwhile; Ctrl-C reaches it also where these tests do not hear it (nohup, &), and nothing
+    is left"""
     def listen(): signal.signal(signal.SIGINT, signal.SIG_DFL)
-    p = subprocess.Popen([*map(str, words)], cwd=cwd, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    p = subprocess.Popen([*map(str, words)], cwd=cwd, env=env, stderr=subprocess.PIPE, text=True,
+                         start_new_session=True,
                          preexec_fn=listen, **kwargs)
     try: yield p
     finally:
@@ -85,17 +90,21 @@ def work(tmp_path_factory):
 
 def test_train_leaves_everything(work):
     out = work/'runs'/'digits'
-    assert sorted(o.name for o in out.iterdir()) == ['checkpoint.pth', 'config.json', 'digit_3.png', 'history.csv', 'history.png', 'state-1.pth']
+    assert sorted(o.name for o in out.iterdir()) == ['checkpoint.pth', 'config.json', 'digit_3.png', 'history.csv',
+                                                     'history.png', 'state-1.pth']
     assert Image.open(out/'history.png').size[0] > 600 and Image.open(out/'digit_3.png').size == (8, 8)
-    assert [list(o) for o in csv.reader((out/'history.csv').open())][0] == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'top_5', 'lr', 'kept_MB', 'plain_MB', 'peak_MB', 'items_per_second', 'time']
+    assert [list(o) for o in csv.reader((out/'history.csv').open())][0] == ['epoch', 'train_loss', 'valid_loss',
+        'accuracy', 'top_5', 'lr', 'kept_MB', 'plain_MB', 'peak_MB', 'items_per_second', 'time']
     config = json.loads((out/'config.json').read_text(encoding='utf8'))
     assert (config['epochs'], config['batch_size'], config['seed'], config['device']) == (1, 128, 0, 'cpu')
     text = (work/'train.out').read_text(encoding='utf8')
     for k in config: assert k in text
-    assert 'epoch 1 of 1: train_loss ' in text and 'epoch 1 of 1, step 1 of 11: loss ' in text and ' MB, plain autograd ' in text and '\r' not in text
+    assert 'epoch 1 of 1: train_loss ' in text and 'epoch 1 of 1, step 1 of 11: loss ' in text
+    assert ' MB, plain autograd ' in text and '\r' not in text
 
 def test_what_a_run_says_and_keeps(tmp_path, here):
-    "Lines every so many steps, validations every so many epochs, the best epoch's model; and a resumed run goes on with the table"
+    """Lines every so many steps, validations every so many epochs, the best epoch's model; and a resumed run goes on
+    with the table"""
     words = '--epochs 3 --batch-size 256 --log-every 3 --validate-every 2 --save-best --out run'.split()
     r = here(tmp_path, 'revvit_train', *words)
     assert (r.returncode, r.stderr) == (0, '')
@@ -103,21 +112,24 @@ def test_what_a_run_says_and_keeps(tmp_path, here):
     assert steps == [f'epoch {i} of 3{s}' for i in (1,2,3) for s in (*[f', step {k} of 5' for k in (1,3,5)], '')]
     def table(): return [*csv.DictReader((tmp_path/'run/history.csv').open())]
     was = table()
-    assert [(o['epoch'], bool(o['accuracy']), bool(o['top_5'])) for o in was] == [('1',False,False), ('2',True,True), ('3',True,True)]
+    assert [(o['epoch'], bool(o['accuracy']), bool(o['top_5'])) for o in was] == [('1',False,False), ('2',True,True),
+        ('3',True,True)]
     best = load_model(tmp_path/'run/checkpoint-best.pth').state_dict()
     assert all(bool(o['lr'] and o['items_per_second'] and float(o['plain_MB']) > 5*float(o['kept_MB'])) for o in was)
     (tmp_path/'run/state-3.pth').unlink()
     r = here(tmp_path, 'revvit_train', *words, '--resume')
     assert 'goes on in epoch 3 after 0 steps' in r.stdout and 'epoch 2 of 3: ' not in r.stdout
     timed = ('items_per_second','time')
-    assert [{k: v for k,v in o.items() if k not in timed} for o in table()] == [{k: v for k,v in o.items() if k not in timed} for o in was]
+    assert [{k: v for k,v in o.items() if k not in timed}
+            for o in table()] == [{k: v for k,v in o.items() if k not in timed} for o in was]
     assert all(torch.equal(v, best[k]) for k,v in load_model(tmp_path/'run/checkpoint-best.pth').state_dict().items())
 
 def test_a_dry_run_writes_nothing(tmp_path, here):
     r = here(tmp_path, 'revvit_train', '--dry-run', '--epochs', 7, '--batch-size', 256)
     assert (r.returncode, r.stderr, list(tmp_path.iterdir())) == (0, '', [])
     step,run = r.stdout.splitlines()[-2:]
-    assert re.fullmatch(r'one step of 256 images: .* s, .* images/s; it keeps .* MB of activations, plain autograd would keep .* MB', step)
+    assert re.fullmatch(r'one step of 256 images: .* s, .* images/s; it keeps .* MB of activations, plain autograd '
+                        r'would keep .* MB', step)
     assert re.fullmatch(r'7 epochs of 5 steps: about [\d:]+ with validation; nothing was written', run)
 
 @pytest.mark.parametrize('every,validations', [(1, 7), (2, 4), (9, 1)])
@@ -131,7 +143,8 @@ def test_a_dry_run_adds_up(every, validations, monkeypatch):
 
 def test_a_dry_run_is_for_one_process(tmp_path, here, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
-    only_sentence(here(tmp_path, 'revvit_train', '--dry-run'), '--dry-run looks at one process: start it without torchrun')
+    only_sentence(here(tmp_path, 'revvit_train', '--dry-run'), '--dry-run looks at one process: start it without '
+                  'torchrun')
 
 def test_list_recipes(tmp_path, here):
     r = here(tmp_path, 'revvit_train', '--list-recipes')
@@ -141,13 +154,15 @@ def test_list_recipes(tmp_path, here):
 @pytest.mark.parametrize('name', ['tensorboard','wandb'])
 def test_a_board_that_is_not_installed(name, tmp_path, here, monkeypatch):
     monkeypatch.setattr('revvit.training.progress.find_spec', lambda name: None)
-    only_sentence(here(tmp_path, 'revvit_train', f'--{name}'), f'--{name} needs a package that is not installed: pip install {name}')
+    only_sentence(here(tmp_path, 'revvit_train', f'--{name}'), f'--{name} needs a package that is not installed: pip '
+                  f'install {name}')
     assert not list(tmp_path.iterdir())
 
 def test_tensorboard_has_the_figures(tmp_path, here):
     pytest.importorskip('tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    assert here(tmp_path, 'revvit_train', *'--epochs 1 --batch-size 512 --tensorboard --out run'.split()).returncode == 0
+    assert here(tmp_path, 'revvit_train',
+                *'--epochs 1 --batch-size 512 --tensorboard --out run'.split()).returncode == 0
     found = EventAccumulator(str(tmp_path/'run/tensorboard'))
     found.Reload()
     assert {'train/loss','train/lr','epoch/accuracy','epoch/top_5'} <= {*found.Tags()['scalars']}
@@ -155,52 +170,73 @@ def test_tensorboard_has_the_figures(tmp_path, here):
 def test_weights_and_biases_has_the_figures(tmp_path, here, monkeypatch):
     "By a module in its place: what a run says of itself goes there, with its step"
     told = []
-    board = SimpleNamespace(init=lambda **kw: SimpleNamespace(config=kw['config'], log=lambda numbers,step: told.append((step, {*numbers}))))
+    board = SimpleNamespace(init=lambda **kw: SimpleNamespace(config=kw['config'],
+        log=lambda numbers, step: told.append((step, {*numbers}))))
     monkeypatch.setitem(sys.modules, 'wandb', board)
     monkeypatch.setattr('revvit.training.progress.find_spec', lambda name: True)
     assert here(tmp_path, 'revvit_train', *'--epochs 1 --batch-size 512 --wandb --out run'.split()).returncode == 0
-    assert any('train/loss' in names for _,names in told) and any('epoch/accuracy' in names for _,names in told) and told[-1][0] == 2
+    assert any('train/loss' in names for _,names in told) and any('epoch/accuracy' in names for _,names in told)
+    assert told[-1][0] == 2
 
 def test_last_line_can_be_typed(work):
     "The closing line of the training is a command that works, from the same folder, in a shell"
     line = (work/'train.out').read_text(encoding='utf8').splitlines()[-1].split(': ', 1)[1]
     assert line == 'revvit_predict runs/digits/digit_3.png'
-    r = subprocess.run(line.replace('revvit_predict', script('revvit_predict'), 1), shell=True, cwd=work, env=env, capture_output=True, text=True, timeout=300)
-    assert (r.returncode, r.stderr) == (0, '') and r.stdout.startswith('runs/digits/digit_3.png: ') and r.stdout.count('%') == 5
+    r = subprocess.run(line.replace('revvit_predict', script('revvit_predict'), 1), shell=True, cwd=work, env=env,
+                       capture_output=True, text=True, timeout=300)
+    assert (r.returncode, r.stderr) == (0, '') and r.stdout.startswith('runs/digits/digit_3.png: ')
+    assert r.stdout.count('%') == 5
 
 def test_json_and_several_files(work, here):
     shutil.copy(work/'runs/digits/digit_3.png', work/'a name with spaces.png')
-    r = here(work, 'revvit_predict', 'runs/digits/digit_3.png', 'a name with spaces.png', '--json', '--weights', 'runs/digits/checkpoint.pth')
+    r = here(work, 'revvit_predict', 'runs/digits/digit_3.png', 'a name with spaces.png', '--json', '--weights',
+             'runs/digits/checkpoint.pth')
     a,b = json.loads(r.stdout)
     assert r.stderr == '' and (a['file'], b['file']) == ('runs/digits/digit_3.png', 'a name with spaces.png')
     assert len(a['pred_scores']) == 10 and abs(sum(a['pred_scores'])-1) < 1e-5 and a['pred_scores'] == b['pred_scores']
-    assert a['pred_score'] == max(a['pred_scores']) == a['pred_scores'][a['pred_label']] and a['pred_class'] == str(a['pred_label'])
+    assert a['pred_score'] == max(a['pred_scores']) == a['pred_scores'][a['pred_label']]
+    assert a['pred_class'] == str(a['pred_label'])
 
-@pytest.mark.parametrize('name,flags', [('revvit_train', 'recipe data print-recipe model img-size frames freeze layer-decay backbone-lr accumulate clip step-in-backward out epochs batch-size lr workers seed amp weights resume save-steps save-minutes chunk keep exact no-exact'), ('revvit_predict', 'weights model top views crops batch-size workers classes features device json version'),
-    ('revvit_test', 'data root on-bad weights model batch-size workers views crops classes device per-class confusion predictions json version'), ('revvit_bench', 'small models depths batch-sizes dtypes rivals settings memory minutes threads out device json')])
+@pytest.mark.parametrize('name,flags', [('revvit_train', 'recipe data print-recipe model img-size frames freeze '
+                                         'layer-decay backbone-lr accumulate clip step-in-backward out epochs '
+                                         'batch-size lr workers seed amp weights resume save-steps save-minutes chunk '
+                                         'keep exact no-exact'), ('revvit_predict', 'weights model top views crops '
+                                             'batch-size workers classes features device json version'),
+    ('revvit_test', 'data root on-bad weights model batch-size workers views crops classes device per-class confusion '
+                    'predictions json version'), ('revvit_bench', 'small models depths batch-sizes dtypes rivals '
+                                                  'settings memory minutes threads out device json')])
 def test_help(name, flags, capfd):
     with pytest.raises(SystemExit) as e: getattr(cli, name)(['--help'])
     out,err = capfd.readouterr()
     assert (e.value.code, err) == (0, '') and 'default' in out
     for o in flags.split(): assert re.search(f'--{o}[ \\n]', out), o
 
-@pytest.mark.parametrize('name,args,said', [('revvit_train', ['--epochs', '-3'], 'epochs must be a whole number above 0, got -3'), ('revvit_predict', ['no.png'], 'no checkpoint.pth under runs/')])
+@pytest.mark.parametrize('name,args,said', [
+    ('revvit_train', ['--epochs', '-3'], 'epochs must be a whole number above 0, got -3'),
+    ('revvit_predict', ['no.png'], 'no checkpoint.pth under runs/')])
 def test_installed_commands_refuse(name, args, said, tmp_path):
     "The installed commands do what the functions below do; importing everything else prints nothing"
     only_sentence(run(tmp_path, name, *args), said)
 
 @pytest.mark.parametrize('args,said', [
-    (['--recipe', 'imagenet'], "there is no recipe 'imagenet'; there is: digits"), (['--epochs', '-3'], 'epochs must be a whole number above 0, got -3'),
-    (['--epochs', 'many'], "invalid int value: 'many'"), (['--batch-size', '0'], '--batch-size must be 1 or more'), (['--batch_size', '1000000'], '1437 training images'),
-    (['--lr', 'nan'], 'lr must be a number above 0'), (['--workers', '-1'], 'workers must be 0 or more'), pytest.param(['--amp', 'fp16'], 'needs a CUDA device', marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is a CUDA device')), (['--colour', 'red'], 'unrecognized arguments'),
-    (['--weights', 'missing.pth'], 'missing.pth'), (['--weights', 'noise.pth'], 'noise.pth'), (['--out', 'noise.pth/run'], 'noise.pth'), (['--out', '.'], 'not empty')], ids=' '.join)
+    (['--recipe', 'imagenet'], "there is no recipe 'imagenet'; there is: digits"),
+    (['--epochs', '-3'], 'epochs must be a whole number above 0, got -3'),
+    (['--epochs', 'many'], "invalid int value: 'many'"), (['--batch-size', '0'], '--batch-size must be 1 or more'),
+    (['--batch_size', '1000000'], '1437 training images'),
+    (['--lr', 'nan'], 'lr must be a number above 0'), (['--workers', '-1'], 'workers must be 0 or more'),
+    pytest.param(['--amp', 'fp16'], 'needs a CUDA device',
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is a CUDA device')),
+    (['--colour', 'red'], 'unrecognized arguments'),
+    (['--weights', 'missing.pth'], 'missing.pth'), (['--weights', 'noise.pth'], 'noise.pth'),
+    (['--out', 'noise.pth/run'], 'noise.pth'), (['--out', '.'], 'not empty')], ids=' '.join)
 def test_train_refuses(args, said, tmp_path, here):
     "Bad input is one sentence, exit code 2, and leaves no trace"
     (tmp_path/'noise.pth').write_bytes(b'no weights at all')
     only_sentence(here(tmp_path, 'revvit_train', *args), said)
     assert [o.name for o in tmp_path.iterdir()] == ['noise.pth']
 
-def test_seed_must_be_a_seed(tmp_path, here): only_sentence(here(tmp_path, 'revvit_train', '--seed', '-1'), 'seed must be from 0 to')
+def test_seed_must_be_a_seed(tmp_path, here):
+    only_sentence(here(tmp_path, 'revvit_train', '--seed', '-1'), 'seed must be from 0 to')
 
 def test_train_refuses_weights_of_another_model(work, tmp_path, here):
     "A checkpoint that is fine but belongs to something else is named, with what differs"
@@ -209,7 +245,8 @@ def test_train_refuses_weights_of_another_model(work, tmp_path, here):
     only_sentence(here(tmp_path, 'revvit_train', '--weights', 'three.pth'), 'three.pth does not fit')
     assert not (tmp_path/'runs').exists()
 
-@pytest.mark.parametrize('data,said', [(b'', 'empty'), (b'\x89PNG\r\n\x1a\n', 'image'), (b'<html>', 'not an image'), (None, 'no such image file')], ids=['empty', 'cut', 'html', 'missing'])
+@pytest.mark.parametrize('data,said', [(b'', 'empty'), (b'\x89PNG\r\n\x1a\n', 'image'), (b'<html>', 'not an image'),
+                                       (None, 'no such image file')], ids=['empty', 'cut', 'html', 'missing'])
 def test_predict_refuses_pictures(data, said, work, here):
     "R35: the sentence names the file, and the good picture beside it is still answered"
     if data is not None: (work/'bad.png').write_bytes(data)
@@ -218,8 +255,10 @@ def test_predict_refuses_pictures(data, said, work, here):
     only_sentence(r, said)
     assert 'bad.png: ' in r.stderr and r.stdout.startswith('runs/digits/digit_3.png: ')
 
-@pytest.mark.parametrize('args,said', [([], 'required: FILE'), (['d.png', '--weights', 'no.pth'], 'no.pth'), (['d.png', '--weights', 'd.png'], 'd.png'),
-    (['d.png', '--weights', '.'], 'cannot read .'), (['d.png'], 'no checkpoint.pth under runs/'), (['d.png', '--top', '0'], 'top must be 1 or more')], ids=' '.join)
+@pytest.mark.parametrize('args,said', [([], 'required: FILE'), (['d.png', '--weights', 'no.pth'], 'no.pth'),
+    (['d.png', '--weights', 'd.png'], 'd.png'),
+    (['d.png', '--weights', '.'], 'cannot read .'), (['d.png'], 'no checkpoint.pth under runs/'),
+    (['d.png', '--top', '0'], 'top must be 1 or more')], ids=' '.join)
 def test_predict_refuses(args, said, work, tmp_path, here):
     shutil.copy(work/'runs/digits/digit_3.png', tmp_path/'d.png')
     only_sentence(here(tmp_path, 'revvit_predict', *args), said)
@@ -229,13 +268,15 @@ def test_damaged_checkpoint_is_refused(work, tmp_path, here):
     data = bytearray((work/'runs/digits/checkpoint.pth').read_bytes())
     data[len(data)//2] ^= 4
     (tmp_path/'flipped.pth').write_bytes(data)
-    only_sentence(here(tmp_path, 'revvit_predict', work/'runs/digits/digit_3.png', '--weights', 'flipped.pth'), 'flipped.pth')
+    only_sentence(here(tmp_path, 'revvit_predict', work/'runs/digits/digit_3.png', '--weights', 'flipped.pth'),
+                  'flipped.pth')
 
 # Prediction with other models than the digits' one, and on videos
 
 reference = Path(__file__).parent/'reference'
 narrow = dict( # timm's name, arguments, class names
-    vit=('revvit_tiny_patch16_224', dict(img_size=32, patch_size=8, embed_dim=24, num_heads=2, depth=2), ['ant', 'bee', 'cat']),
+    vit=('revvit_tiny_patch16_224', dict(img_size=32, patch_size=8, embed_dim=24, num_heads=2, depth=2),
+         ['ant', 'bee', 'cat']),
     mvit=('revmvit_tiny_224', dict(img_size=32, embed_dim=8, num_heads=1), ['ant', 'bee', 'cat', 'dog', 'eel', 'fox']),
     clip=('revmvit_tiny_16x4_224', dict(img_size=32, num_frames=4, embed_dim=8, num_heads=1), ['left', 'right', 'up']))
 
@@ -278,18 +319,21 @@ def zoo(tmp_path_factory):
 def scores(path, weights, views=5):
     "Probabilities by hand: what the command has to say"
     m = load_model(weights)
-    x = ClipTransform(m.pretrained_cfg, views)(path) if len(m.pretrained_cfg['input_size']) == 4 else ImageTransform(m.pretrained_cfg)(path)[None]
+    cfg = m.pretrained_cfg
+    x = ClipTransform(cfg, views)(path) if len(cfg['input_size']) == 4 else ImageTransform(cfg)(path)[None]
     with torch.no_grad(): return m(x).softmax(1).mean(0), m.forward_head(m.forward_features(x), pre_logits=True).mean(0)
 
 def test_video_in_class_names_out(zoo, here):
-    "The installed command names what is in videos, with the probabilities of 5 views averaged; of sound alone it says so"
+    """The installed command names what is in videos, with the probabilities of 5 views averaged; of sound alone it
+    says so"""
     r = here(zoo, 'revvit_predict', 'good.mp4', 'audio.mp4', 'with sound.mp4', '--weights', 'clip.pth')
     only_sentence(r, 'audio.mp4: there is sound in it but no video')
     for line,file in zip(r.stdout.splitlines(), ('good.mp4', 'with sound.mp4'), strict=True):
         best = sorted(zip(scores(zoo/file, zoo/'clip.pth')[0].tolist(), narrow['clip'][2]), reverse=True)
         assert line == f"{file}: {', '.join(f'{n} ({100*p:.1f} %)' for p,n in best)}"
 
-@pytest.mark.parametrize('kind,file,args', [('vit', 'noise.png', []), ('mvit', 'noise.png', []), ('clip', 'good.mp4', []), ('clip', 'good.mp4', ['--views', 1])], ids=str)
+@pytest.mark.parametrize('kind,file,args', [('vit', 'noise.png', []), ('mvit', 'noise.png', []),
+                                            ('clip', 'good.mp4', []), ('clip', 'good.mp4', ['--views', 1])], ids=str)
 def test_numbers_and_features(kind, file, args, zoo, tmp_path, here):
     "Probabilities in JSON, and features in an archive, for each family of models"
     r = here(zoo, 'revvit_predict', file, '--json', '--weights', f'{kind}.pth', '--features', tmp_path/'f.npz', *args)
@@ -303,25 +347,35 @@ def test_numbers_and_features(kind, file, args, zoo, tmp_path, here):
         torch.testing.assert_close(torch.from_numpy(z[file]), feat, rtol=0, atol=1e-4)
     assert [o.name for o in tmp_path.iterdir()] == ['f.npz']
 
-@pytest.mark.parametrize('file,said', [('audio.mp4', 'sound in it but no video'), ('cut.mp4', 'truncated'), ('half.mp4', 'truncated'), ('one.mp4', 'a video of 1 frame'), ('missing.mp4', 'no such video file'), ('empty.mp4', 'empty (0 bytes)'),
+@pytest.mark.parametrize('file,said', [('audio.mp4', 'sound in it but no video'), ('cut.mp4', 'truncated'),
+    ('half.mp4', 'truncated'), ('one.mp4', 'a video of 1 frame'), ('missing.mp4', 'no such video file'),
+    ('empty.mp4', 'empty (0 bytes)'),
     ('text.mp4', 'not a video'), ('noise.png', 'an image, but the model takes clips of 4 frames')])
 def test_predict_refuses_videos(file, said, zoo, here):
     "R36: one sentence that begins with the file, exit code 2, and the good video beside it is answered"
     r = here(zoo, 'revvit_predict', file, 'good.mp4', '--weights', 'clip.pth')
     only_sentence(r, said)
-    assert r.stderr.startswith(f'revvit_predict: {file}: ') and r.stdout.startswith('good.mp4: ') and r.stdout.count('\n') == 1
+    assert r.stderr.startswith(f'revvit_predict: {file}: ') and r.stdout.startswith('good.mp4: ')
+    assert r.stdout.count('\n') == 1
 
 def test_published_weights_that_cannot_be_fetched(work, tmp_path, here, monkeypatch):
-    "A name alone means the published weights; without network (here: a proxy that is not there), the sentence says where they are"
+    """A name alone means the published weights; without network (here: a proxy that is not there), the sentence says
+    where they are"""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     for o in ('http_proxy', 'https_proxy'): monkeypatch.setenv(o, 'http://127.0.0.1:9')
     r = here(work, 'revvit_predict', 'runs/digits/digit_3.png', '--model', 'REV_VIT_S')
-    assert r.returncode == 2 and r.stdout == '' and r.stderr.splitlines()[-1].startswith('revvit_predict: the weights of revvit_small_patch16_224.fb_in1k could not be had from https://dl.fbaipublicfiles.com/')
+    assert r.returncode == 2 and r.stdout == ''
+    assert r.stderr.splitlines()[-1].startswith('revvit_predict: the weights of revvit_small_patch16_224.fb_in1k could '
+                                                'not be had from https://dl.fbaipublicfiles.com/')
 
-@pytest.mark.parametrize('file,name', [('REV_VIT_S', 'revvit_small_patch16_224'), ('mmpretrain_revvit_small', 'revvit_small_patch16_224'), ('REV_MVIT_B_16_CONV', 'revmvit_base_224'), ('REV_MVIT_B_16x4_CONV', 'revmvit_base_16x4_224')])
+@pytest.mark.parametrize('file,name', [('REV_VIT_S', 'revvit_small_patch16_224'),
+                                       ('mmpretrain_revvit_small', 'revvit_small_patch16_224'),
+                                       ('REV_MVIT_B_16_CONV', 'revmvit_base_224'),
+                                       ('REV_MVIT_B_16x4_CONV', 'revmvit_base_16x4_224')])
 def test_published_files_tell_their_model(file, name):
     "The shapes in each published layout fit one model of ours; no numbers needed"
-    tensors = {k: torch.empty(v, device='meta') for k,v in json.loads((reference/f'{file}.json').read_text(encoding='utf8'))['tensors'].items()}
+    tensors = {k: torch.empty(v, device='meta') for k,
+               v in json.loads((reference/f'{file}.json').read_text(encoding='utf8'))['tensors'].items()}
     assert recognise_model('x.pth', dict(model_state=tensors)) == (name, 400 if '16x4' in file else 1000)
 
 def test_published_file_without_a_name(zoo, tmp_path, here):
@@ -332,16 +386,19 @@ def test_published_file_without_a_name(zoo, tmp_path, here):
     r = here(zoo, 'revvit_predict', 'noise.png', '--json', '--weights', tmp_path/'small.pth')
     assert (r.returncode, r.stderr) == (0, '')
     a, = json.loads(r.stdout)
-    assert len(a['pred_scores']) == 1000 and a['pred_class'] == timm.data.ImageNetInfo().index_to_description(a['pred_label'])
+    assert len(a['pred_scores']) == 1000
+    assert a['pred_class'] == timm.data.ImageNetInfo().index_to_description(a['pred_label'])
 
 def test_features_on_a_full_disk(work, tmp_path):
-    "A file that may not grow beyond 100 bytes stands for a full disk: a sentence that names the archive, and no old one that would look like the answer"
+    """A file that may not grow beyond 100 bytes stands for a full disk: a sentence that names the archive, and no old
+    one that would look like the answer"""
     resource = pytest.importorskip('resource')
     (tmp_path/'f.npz').write_bytes(b'old')
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-    only_sentence(run(work, 'revvit_predict', 'runs/digits/digit_3.png', '--features', tmp_path/'f.npz', preexec_fn=limit), 'f.npz: ')
+    only_sentence(run(work, 'revvit_predict', 'runs/digits/digit_3.png', '--features', tmp_path/'f.npz',
+                      preexec_fn=limit), 'f.npz: ')
     assert not [*tmp_path.iterdir()]
 
 @pytest.fixture(scope='module')
@@ -371,21 +428,26 @@ def test_batch_size_changes_nothing(batch, work, folder, here):
     r = here(work, 'revvit_test', '--data', folder/'val', '--workers', 0, '--batch-size', batch)
     assert (r.returncode, r.stderr) == (0, '')
     first = here(work, 'revvit_test', '--data', folder/'val', '--workers', 0)
-    assert r.stdout == first.stdout and re.fullmatch(r'top-1 [\d.]+ %, top-5 [\d.]+ %, loss [\d.]+; 360 files in .*\n', r.stdout)
+    assert r.stdout == first.stdout
+    assert re.fullmatch(r'top-1 [\d.]+ %, top-5 [\d.]+ %, loss [\d.]+; 360 files in .*\n', r.stdout)
 
 def test_accuracy_on_videos(zoo, tmp_path, here):
-    "Class folders of videos, for a model of clips, matched by the class names in the file; and the publisher's list of them"
+    """Class folders of videos, for a model of clips, matched by the class names in the file; and the publisher's list
+    of them"""
     for o in ('left', 'right', 'up'):
         (tmp_path/o).mkdir()
         shutil.copy(zoo/'good.mp4', tmp_path/o/'a.mp4')
     r = here(zoo, 'revvit_test', '--data', tmp_path, '--weights', 'clip.pth', '--workers', 0, '--views', 2, '--json')
     res,p = json.loads(r.stdout),scores(zoo/'good.mp4', zoo/'clip.pth', 2)[0]
-    assert (r.returncode, res['n'], res['top1'], res['top5']) == (0, 3, 1/3, 1.) and math.isclose(res['loss'], -p.log().mean().item(), rel_tol=1e-4)
+    assert (r.returncode, res['n'], res['top1'], res['top5']) == (0, 3, 1/3, 1.)
+    assert math.isclose(res['loss'], -p.log().mean().item(), rel_tol=1e-4)
     (tmp_path/'val.csv').write_text('left/a.mp4 0\nright/a.mp4 1\nup/a.mp4 2\n', encoding='utf8')
-    r = here(zoo, 'revvit_test', '--data', tmp_path/'val.csv', '--weights', 'clip.pth', '--workers', 0, '--views', 2, '--json')
+    r = here(zoo, 'revvit_test', '--data', tmp_path/'val.csv', '--weights', 'clip.pth', '--workers', 0,
+             '--views', 2, '--json')
     assert r.returncode == 0 and {**json.loads(r.stdout), 'data': ''} == {**res, 'data': ''}
 
-@pytest.mark.parametrize('change,said', [('bad image', 'bad.png: not an image'), ('strange', '1 of 11 class folders is no class of the model: ten'), ('empty', '0'), ('missing', 'no such folder')])
+@pytest.mark.parametrize('change,said', [('bad image', 'bad.png: not an image'), ('strange', '1 of 11 class folders is '
+    'no class of the model: ten'), ('empty', '0'), ('missing', 'no such folder')])
 def test_test_refuses(change, said, work, tmp_path, here):
     "R38: before or during the count, by name, and no number is printed"
     for c in range(10):
@@ -404,7 +466,8 @@ def test_bar_on_a_terminal(work, folder):
     import fcntl, pty, struct, termios
     ours,theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 80, 0, 0)) # a new one has no columns
-    p = subprocess.Popen([script('revvit_test'), '--data', str(folder), '--workers', '0'], cwd=work, env=env, stdout=subprocess.PIPE, stderr=theirs, text=True)
+    p = subprocess.Popen([script('revvit_test'), '--data', str(folder), '--workers', '0'], cwd=work, env=env,
+                         stdout=subprocess.PIPE, stderr=theirs, text=True)
     os.close(theirs)
     said = b''
     try:
@@ -415,12 +478,16 @@ def test_bar_on_a_terminal(work, folder):
     assert p.returncode == 0 and b'0/12' in said and out.startswith('top-1 ') and out.count('\n') == 1
 
 @pytest.mark.parametrize('flags,first,then,again', [
-    ([], (0., None), [], (0., None)), (['--keep', .25, '--exact'], (.25, True), [], (.25, True)), (['--no-exact'], (0., False), ['--keep', 1], (1., False)),
-    (['--keep', 1], (1., None), ['--keep', 0, '--exact'], (0., True)), (['--exact'], (0., True), ['--no-exact'], (0., False))], ids=str)
+    ([], (0., None), [], (0., None)), (['--keep', .25, '--exact'], (.25, True), [], (.25, True)),
+    (['--no-exact'], (0., False), ['--keep', 1], (1., False)),
+    (['--keep', 1], (1., None), ['--keep', 0, '--exact'], (0., True)),
+    (['--exact'], (0., True), ['--no-exact'], (0., False))], ids=str)
 def test_keep_and_exact(flags, first, then, again, tmp_path, here, monkeypatch):
-    "They reach the model and config.json; a run that goes on is as it was begun where the command does not say otherwise"
+    """They reach the model and config.json; a run that goes on is as it was begun where the command does not say
+    otherwise"""
     from revvit.training import progress
-    monkeypatch.setattr(progress, 'step_memory', lambda model, x: (1, 2))   # it measures both modes by forward passes of its own
+    # it measures both modes by forward passes of its own
+    monkeypatch.setattr(progress, 'step_memory', lambda model, x: (1, 2))
     seen,calls = [],itertools.count(1)
     def forward(self, x, old=revvit.RevViT.forward):
         seen.append((self.blocks.reversible, self.blocks.keep, self.blocks.exact))
@@ -439,7 +506,8 @@ def test_a_damaged_config_says_what_to_give(tmp_path, here):
     cfg = json.loads((tmp_path/'run/config.json').read_text(encoding='utf8'))
     (tmp_path/'run/config.json').write_text(json.dumps({**cfg, 'keep': 'all'}))
     line = ['--epochs', 1, '--batch-size', 1024, '--out', 'run', '--resume']
-    only_sentence(here(tmp_path, 'revvit_train', *line), "run/config.json: keep is 'all' and exact is None: give --keep and --exact")
+    only_sentence(here(tmp_path, 'revvit_train', *line), "run/config.json: keep is 'all' and exact is None: give "
+                  "--keep and --exact")
 
 def test_second_run_leaves_the_first_alone(work, here):
     before = {o: (o.stat().st_mtime_ns, o.read_bytes()) for o in (work/'runs/digits').iterdir()}
@@ -457,7 +525,8 @@ def test_unwritable_folder(tmp_path, here):
     else: pytest.skip('neither a user nor /proc')
 
 def test_full_disk(tmp_path):
-    "A file that may not grow beyond 8 kB stands for a full disk: the run ends with a sentence that names the checkpoint"
+    """A file that may not grow beyond 8 kB stands for a full disk: the run ends with a sentence that names the
+    checkpoint"""
     resource = pytest.importorskip('resource')
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -469,7 +538,8 @@ def test_full_disk(tmp_path):
 @pytest.mark.skipif(not hasattr(os, 'killpg'), reason='needs process groups')
 @pytest.mark.parametrize('workers', [0, 2])
 def test_ctrl_c(workers, tmp_path):
-    "As from a terminal, to the whole process group, after the first checkpoint: exit code 130, one sentence, the checkpoint whole, no process left"
+    """As from a terminal, to the whole process group, after the first checkpoint: exit code 130, one sentence, the
+    checkpoint whole, no process left"""
     ckpt,end = tmp_path/'runs/digits/checkpoint.pth',time.monotonic()+240
     words = script('revvit_train'), '--epochs', 500, '--workers', workers
     with started(tmp_path, *words, stdout=subprocess.PIPE) as p:
@@ -480,7 +550,8 @@ def test_ctrl_c(workers, tmp_path):
         out,err = p.communicate(timeout=300)
         assert (p.returncode, err.count('\n')) == (130, 1), err
         assert err.startswith('revvit_train: stopped in epoch ') and 'checkpoint.pth holds the model after epoch' in err
-        assert read_checkpoint(ckpt)['class_names'] == [str(o) for o in range(10)] and load_model(ckpt).num_classes == 10
+        assert read_checkpoint(ckpt)['class_names'] == [str(o) for o in range(10)]
+        assert load_model(ckpt).num_classes == 10
         assert not list(ckpt.parent.glob('.*.tmp'))
         end = time.monotonic()+300
         while time.monotonic() < end:
@@ -518,7 +589,8 @@ def test_R39_a_killed_reader_ends_the_run(tmp_path, here):
     assert [o.split(',')[0] for o in table] == ['epoch', *'1234']
 
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='needs /proc')
-@pytest.mark.parametrize('name,args', [('revvit_predict', ['many', '--batch-size', 1]), ('revvit_test', ['--data', 'classes', '--batch-size', 1])])
+@pytest.mark.parametrize('name,args', [('revvit_predict', ['many', '--batch-size', 1]),
+                                       ('revvit_test', ['--data', 'classes', '--batch-size', 1])])
 def test_R39_a_killed_reader_ends_the_answers(name, args, work, tmp_path):
     "Exit code 2 and one sentence that says what helps"
     for i in range(10): (tmp_path/'classes'/str(i)).mkdir(parents=True)
@@ -534,12 +606,14 @@ def test_R39_a_killed_reader_ends_the_answers(name, args, work, tmp_path):
     assert 'a process that reads files was killed' in err and 'fewer --workers' in err
 
 def test_spoilt_training_stops(work, tmp_path, here):
-    "R26 through the command: weights that are not finite end the run with exit code 1 and one sentence, before anything is saved"
+    """R26 through the command: weights that are not finite end the run with exit code 1 and one sentence, before
+    anything is saved"""
     m = load_model(work/'runs/digits/checkpoint.pth')
     with torch.no_grad(): m.head.bias[3] = float('nan')
     torch.save(m.state_dict(), tmp_path/'nan.pth')
     r = here(tmp_path, 'revvit_train', '--weights', 'nan.pth')
-    assert r.returncode == 1 and r.stderr.count('\n') == 1 and r.stderr.startswith('revvit_train: step 1 (epoch 1): parameter head.bias is not finite'), r.stderr
+    assert r.returncode == 1 and r.stderr.count('\n') == 1 and r.stderr.startswith('revvit_train: step 1 (epoch 1): '
+        'parameter head.bias is not finite'), r.stderr
     assert not (tmp_path/'runs/digits/checkpoint.pth').exists()
 
 # Memory that runs out
@@ -596,12 +670,16 @@ def _fails(error):
     if error != 'allocator': raise error
     torch.empty(2**50, dtype=torch.uint8)
 
-full_errors = dict(cuda=torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 8 GiB'), allocator='allocator', python=MemoryError(),
-    mps=RuntimeError('MPS backend out of memory (MPS allocated: 8.00 GB). Tried to allocate 256.00 MB on private pool.'), cublas=RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling'), system=OSError(12, 'Cannot allocate memory'))
+full_errors = dict(cuda=torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total '
+                                               'capacity of 8 GiB'), allocator='allocator', python=MemoryError(),
+    mps=RuntimeError('MPS backend out of memory (MPS allocated: 8.00 GB). Tried to allocate 256.00 MB on private '
+                     'pool.'), cublas=RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling'),
+    system=OSError(12, 'Cannot allocate memory'))
 
 @pytest.mark.parametrize('kind', full_errors)
 def test_memory_that_runs_out_leaves_checkpoint_and_state(kind, tmp_path, here, monkeypatch):
-    "In the second epoch: one sentence, files as the first epoch left them; and with --resume --chunk the run ends as it would have"
+    """In the second epoch: one sentence, files as the first epoch left them; and with --resume --chunk the run ends
+    as it would have"""
     line,calls = ['--epochs', 2, '--batch-size', 512, '--out', 'run'],[]
     def forward(self, x, old=revvit.RevViT.forward):
         if len(x) > 2: calls.append(x)   # not what memory is measured by
@@ -610,13 +688,16 @@ def test_memory_that_runs_out_leaves_checkpoint_and_state(kind, tmp_path, here, 
     with monkeypatch.context() as m:
         m.setattr(revvit.RevViT, 'forward', forward)
         r = here(tmp_path, 'revvit_train', *line)
-    only_sentence(r, 'in epoch 2 with batches of 512; run/checkpoint.pth holds the model after epoch 1, and the same command with --resume goes on')
-    assert 'a smaller --chunk' in r.stderr and ('on the GPU' in r.stderr) == (kind in ('cuda','mps','cublas')) == ('--device cpu' in r.stderr)
+    only_sentence(r, 'in epoch 2 with batches of 512; run/checkpoint.pth holds the model after epoch 1, and the same '
+                     'command with --resume goes on')
+    assert 'a smaller --chunk' in r.stderr
+    assert ('on the GPU' in r.stderr) == (kind in ('cuda','mps','cublas')) == ('--device cpu' in r.stderr)
     assert load_model(tmp_path/'run/checkpoint.pth').num_classes == 10 and (tmp_path/'run/state-1.pth').exists()
     if kind != 'cuda': return
     assert here(tmp_path, 'revvit_train', *line, '--resume', '--chunk', 100).returncode == 0
     assert here(tmp_path, 'revvit_train', *line[:-1], 'whole').returncode == 0
-    for a,b in zip(*(load_model(tmp_path/o/'checkpoint.pth').state_dict().values() for o in ('run', 'whole'))): torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+    for a,b in zip(*(load_model(tmp_path/o/'checkpoint.pth').state_dict().values() for o in ('run', 'whole'))):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 @pytest.mark.parametrize('kind', ['cuda', 'allocator', 'python'])
 @pytest.mark.parametrize('name', ['revvit_predict', 'revvit_test'])
@@ -625,7 +706,8 @@ def test_memory_that_runs_out_elsewhere(name, kind, zoo, tmp_path, here, monkeyp
     for o in ('bee', 'cat', 'ant'): (tmp_path/o).mkdir(exist_ok=True); shutil.copy(zoo/'noise.png', tmp_path/o)
     monkeypatch.setattr(revvit.RevViT, 'forward', lambda self, x: _fails(full_errors[kind]))
     monkeypatch.setattr(revvit.RevViT, 'forward_features', lambda self, x: _fails(full_errors[kind]))
-    r = here(zoo, name, *(['noise.png'] if name == 'revvit_predict' else ['--data', tmp_path, '--workers', 0]), '--weights', 'vit.pth')
+    r = here(zoo, name, *(['noise.png'] if name == 'revvit_predict' else ['--data', tmp_path, '--workers', 0]),
+             '--weights', 'vit.pth')
     only_sentence(r, 'out of memory on the ')
     assert r.stdout == '' and '--batch-size' in r.stderr
 
@@ -639,7 +721,8 @@ def test_memory_that_runs_out_is_no_bad_file(zoo, tmp_path, monkeypatch):
 # One device policy, and a GPU without float64
 
 @pytest.mark.parametrize('device', ['cuda:99', 'mps', 'tpu', 'cuda:x', 'meta'])
-@pytest.mark.parametrize('name,args', [('revvit_train', []), ('revvit_predict', ['noise.png', '--weights', 'vit.pth']), ('revvit_test', ['--data', '.', '--weights', 'vit.pth'])])
+@pytest.mark.parametrize('name,args', [('revvit_train', []), ('revvit_predict', ['noise.png', '--weights', 'vit.pth']),
+                                       ('revvit_test', ['--data', '.', '--weights', 'vit.pth'])])
 def test_a_device_that_is_not_there(name, args, device, zoo, here):
     if device == 'mps' and torch.backends.mps.is_available(): pytest.skip('it is there')
     before = sorted(zoo.iterdir())
@@ -657,8 +740,10 @@ def test_all_pick_the_same_device(zoo, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, 'to', lambda self, device: went.append(str(device)) or self)
     inference.get_model(weights=zoo/'vit.pth')
     assert went == ['mps']
-    for o in (digits, images, from_files, train, benchmark, inference): assert o.pick_device is device.pick_device, o.__name__
-    assert not [o.name for o in Path(revvit.__file__).parent.rglob('*.py') if 'default_device' in o.read_text(encoding='utf8')]
+    for o in (digits, images, from_files, train, benchmark, inference):
+        assert o.pick_device is device.pick_device, o.__name__
+    assert not [o.name for o in Path(revvit.__file__).parent.rglob('*.py')
+                if 'default_device' in o.read_text(encoding='utf8')]
 
 class OnTheHost(torch.Tensor):
     "What `.cpu()` gave, where float64 is welcome"
@@ -668,9 +753,11 @@ class NoFloat64(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.cpu: return args[0].as_subclass(OnTheHost)
         out,ins = func(*args, **(kwargs or {})),torch.utils._pytree.tree_leaves((args, kwargs))
-        there = any(isinstance(o, torch.Tensor) and not isinstance(o, OnTheHost) and o.dtype == torch.float32 for o in ins)
+        there = any(isinstance(o, torch.Tensor) and not isinstance(o, OnTheHost) and o.dtype == torch.float32
+                    for o in ins)
         for o in torch.utils._pytree.tree_leaves(out):
-            if there and isinstance(o, torch.Tensor) and o.dtype == torch.float64 and not isinstance(o, OnTheHost): raise TypeError(f'{func}: no float64 on this device')
+            if there and isinstance(o, torch.Tensor) and o.dtype == torch.float64 and not isinstance(o, OnTheHost):
+                raise TypeError(f'{func}: no float64 on this device')
         return out
 
 @pytest.mark.parametrize('kind', narrow)
@@ -690,32 +777,43 @@ def small(recipe, folder, zoo, monkeypatch):
     from revvit.training.recipes import recipes
     r = recipes[recipe]
     clip,frames = r.data == 'clips',(4,) if r.data == 'clips' else ()
-    args = dict(embed_dim=24, num_heads=2, depth=2) if 'revvit' in r.model else dict(embed_dim=8, depth=4, stage_starts=(2,))
-    monkeypatch.setitem(recipes, recipe, replace(r, image_cfg={**r.image_cfg, 'input_size': (3,*frames,32,32)}, model_args={**r.model_args, **args}))
+    args = dict(embed_dim=24, num_heads=2, depth=2) if 'revvit' in r.model else dict(embed_dim=8, depth=4,
+        stage_starts=(2,))
+    monkeypatch.setitem(recipes, recipe, replace(r, image_cfg={**r.image_cfg, 'input_size': (3,*frames,32,32)},
+                                                 model_args={**r.model_args, **args}))
     for part in ('train', 'val'):
         for c in ('n01440764', 'n01443537'):
             (folder/part/c).mkdir(parents=True)
-            for i in range(2): shutil.copy(zoo/('good.mp4' if clip else 'noise.png'), folder/part/c/f"{i}.{'mp4' if clip else 'png'}")
-        if clip: (folder/f'{part}.csv').write_text(''.join(f'{part}/{c}/{i}.mp4 {k}\n' for k,c in enumerate(('n01440764', 'n01443537')) for i in range(2)), encoding='utf8')
+            for i in range(2):
+                shutil.copy(zoo/('good.mp4' if clip else 'noise.png'), folder/part/c/f"{i}.{'mp4' if clip else 'png'}")
+        if clip:
+            (folder/f'{part}.csv').write_text(''.join(f'{part}/{c}/{i}.mp4 {k}\n' for k,
+                                                      c in enumerate(('n01440764', 'n01443537')) for i in range(2)),
+                                              encoding='utf8')
 
 @pytest.mark.parametrize('recipe', ['digits', 'rev_vit_s', 'rev_mvit_b', 'rev_mvit_b_16x4'])
 def test_training_makes_no_float64_on_the_device(recipe, zoo, tmp_path, here, monkeypatch):
     "A run with everything a recipe asks for, averaged weights too, and its test at the end"
     if recipe != 'digits': small(recipe, tmp_path, zoo, monkeypatch)
-    words = ['--epochs', 1, '--average', .9, '--recipe', recipe, '--out', 'run'] + (['--batch-size', 512] if recipe == 'digits' else ['--data', '.', '--batch-size', 2, '--workers', 0])
+    words = ['--epochs', 1, '--average', .9, '--recipe', recipe, '--out', 'run'] + (['--batch-size', 512]
+                       if recipe == 'digits' else ['--data', '.', '--batch-size', 2, '--workers', 0])
     with NoFloat64(): r = here(tmp_path, 'revvit_train', *words)
     assert r.returncode == 0, r.stderr
 
-@pytest.mark.parametrize('recipe,how', [('rev_vit_s', 'symlink'), ('rev_vit_s', 'hard link'), ('rev_mvit_b_16x4', 'symlink'), ('rev_mvit_b_16x4', 'hard link'), ('rev_mvit_b_16x4', 'line')])
+@pytest.mark.parametrize('recipe,how', [('rev_vit_s', 'symlink'), ('rev_vit_s', 'hard link'),
+                                        ('rev_mvit_b_16x4', 'symlink'), ('rev_mvit_b_16x4', 'hard link'),
+                                        ('rev_mvit_b_16x4', 'line')])
 def test_a_file_in_training_and_test_data(recipe, how, zoo, tmp_path, here, monkeypatch):
     "One sentence that names the flag; with it one warning, and the run goes on"
     small(recipe, tmp_path, zoo, monkeypatch)
-    names = ['n01440764/0.mp4', 'n01443537/1.mp4'] if 'clip' in recipe or '16x4' in recipe else ['n01440764/0.png', 'n01443537/1.png']
+    names = ['n01440764/0.mp4', 'n01443537/1.mp4'] if 'clip' in recipe or '16x4' in recipe else ['n01440764/0.png',
+        'n01443537/1.png']
     for o in names:
         (tmp_path/'val'/o).unlink()
         if how == 'symlink': (tmp_path/'val'/o).symlink_to(tmp_path/'train'/o)
         else: os.link(tmp_path/'train'/o, tmp_path/'val'/o)
-    if how == 'line': (tmp_path/'val.csv').write_text((tmp_path/'train.csv').read_text(encoding='utf8'), encoding='utf8')
+    if how == 'line':
+        (tmp_path/'val.csv').write_text((tmp_path/'train.csv').read_text(encoding='utf8'), encoding='utf8')
     words = ['--recipe', recipe, '--data', '.', '--epochs', 1, '--batch-size', 2, '--workers', 0, '--out', 'run']
     r = here(tmp_path, 'revvit_train', *words)
     only_sentence(r, '(--allow-shared)')
@@ -731,8 +829,10 @@ def test_a_picture_from_a_pipe(work, tmp_path, here):
     "As the shell's `|` and `<` give it, and as a named pipe; an empty pipe, and a device, are said to be that"
     picture = (work/'runs/digits/digit_3.png').read_bytes()
     want = here(work, 'revvit_predict', 'runs/digits/digit_3.png').stdout.split(': ')[1]
-    said = subprocess.run([script('revvit_predict'), '/dev/stdin', '/dev/null'], cwd=work, env=env, input=picture, capture_output=True, timeout=300)
-    assert said.stdout.decode() == f'/dev/stdin: {want}' and said.stderr == b'revvit_predict: /dev/null: a device, not an image file\n' and said.returncode == 2
+    said = subprocess.run([script('revvit_predict'), '/dev/stdin', '/dev/null'], cwd=work, env=env, input=picture,
+                          capture_output=True, timeout=300)
+    assert said.stdout.decode() == f'/dev/stdin: {want}'
+    assert said.stderr == b'revvit_predict: /dev/null: a device, not an image file\n' and said.returncode == 2
     os.mkfifo(tmp_path/'pipe')
     for data in (picture, b''):
         writer = subprocess.Popen([sys.executable, '-c', f"open({str(tmp_path/'pipe')!r}, 'wb').write({data!r})"])
@@ -743,50 +843,79 @@ def test_a_picture_from_a_pipe(work, tmp_path, here):
 
 def test_a_video_or_weights_from_a_pipe(zoo, tmp_path, here):
     os.mkfifo(tmp_path/'pipe.mp4')
-    only_sentence(here(zoo, 'revvit_predict', tmp_path/'pipe.mp4', '--weights', 'clip.pth'), 'pipe.mp4: a pipe or a device, and a video is read at many places: save it as a file first')
-    only_sentence(here(zoo, 'revvit_predict', 'noise.png', '--weights', tmp_path/'pipe.mp4'), 'it is a pipe or a device, save what comes out of it as a file first')
+    only_sentence(here(zoo, 'revvit_predict', tmp_path/'pipe.mp4', '--weights', 'clip.pth'),
+                  'pipe.mp4: a pipe or a device, and a video is read at many places: save it as a file first')
+    only_sentence(here(zoo, 'revvit_predict', 'noise.png', '--weights', tmp_path/'pipe.mp4'),
+                  'it is a pipe or a device, save what comes out of it as a file first')
 
 @pytest.mark.parametrize('address', ['https://x.org/a.png', 'http://x.org/b.mp4', 's3://bucket/c', 'ftp://x/y'])
 def test_addresses_are_not_read(address, zoo, tmp_path, here):
     "The whole address in the sentence, for each flag that takes a path; a good file beside a bad one is answered"
-    for name,args in (('revvit_predict', ['noise.png', '--weights', address]), ('revvit_predict', ['noise.png', '--weights', 'vit.pth', '--classes', address]), ('revvit_test', ['--data', address, '--weights', 'vit.pth']),
-                      ('revvit_train', ['--data', address, '--recipe', 'rev_vit_s']), ('revvit_train', ['--weights', address]), ('revvit_train', ['--out', address])):
+    for name,args in (('revvit_predict', ['noise.png', '--weights', address]),
+                      ('revvit_predict', ['noise.png', '--weights', 'vit.pth', '--classes', address]),
+                      ('revvit_test', ['--data', address, '--weights', 'vit.pth']),
+                      ('revvit_train', ['--data', address, '--recipe', 'rev_vit_s']),
+                      ('revvit_train', ['--weights', address]), ('revvit_train', ['--out', address])):
         only_sentence(here(zoo, name, *args), f'cannot read {address}: addresses are not read, download the file first')
     r = here(zoo, 'revvit_predict', address, 'noise.png', '--weights', 'vit.pth')
     only_sentence(r, f'cannot read {address}: addresses are not read')
     assert r.stdout.startswith('noise.png: ')
 
 @pytest.mark.parametrize('name,args,flag', [
-    ('revvit_train', '--on-bad foo', '--on-bad must be raise or skip, got \'foo\''), ('revvit_train', '--new-head', '--new-head goes with --weights'), ('revvit_train', '--new-size', '--new-size goes with --weights'),
-    ('revvit_train', '--batch-size 0', '--batch-size'), ('revvit_train', '--epochs 0', '--epochs'), ('revvit_train', '--lr -1', '--lr'), ('revvit_train', '--average 2', '--average'), ('revvit_train', '--amp bf61', '--amp must be'),
-    ('revvit_train', '--save-steps 0', '--save-steps'), ('revvit_train', '--threads 0', '--threads'), ('revvit_train', '--workers -2', '--workers'), ('revvit_train', '--seed -2', '--seed'), ('revvit_train', '--chunk 0', '--chunk'),
-    ('revvit_train', '--keep 1.5', '--keep must be from 0 to 1, got 1.5'), ('revvit_train', '--keep -0.1', '--keep must be from 0 to 1, got -0.1'), ('revvit_train', '--keep nan', '--keep must be from 0 to 1, got nan'), ('revvit_train', '--keep much', "--keep: invalid float value: 'much'"),
-    ('revvit_train', '--amp fp16 --device cpu', "--amp 'fp16' needs"), ('revvit_train', '--weights seven.pth', '; --new-head leaves the model\'s classifier'), ('revvit_train', '--weights large.pth', '; --new-size resamples'),
-    ('revvit_train', '--recipe rev_vit_s', '--data'), ('revvit_train', '--recipe rev_vit_s --root x --data .', '--root is for'), ('revvit_predict', 'noise.png --top 0', '--top'), ('revvit_predict', 'noise.png --views 0', '--views'),
-    ('revvit_predict', 'noise.png --weights odd.pth', '--model'), ('revvit_predict', 'noise.png --model revvit_tiny_patch16_224', '--weights'), ('revvit_test', '--data . --batch-size 0', '--batch-size'), ('revvit_test', '--data . --workers -1', '--workers')], ids=str)
+    ('revvit_train', '--on-bad foo', '--on-bad must be raise or skip, got \'foo\''),
+    ('revvit_train', '--new-head', '--new-head goes with --weights'),
+    ('revvit_train', '--new-size', '--new-size goes with --weights'),
+    ('revvit_train', '--batch-size 0', '--batch-size'), ('revvit_train', '--epochs 0', '--epochs'),
+    ('revvit_train', '--lr -1', '--lr'), ('revvit_train', '--average 2', '--average'),
+    ('revvit_train', '--amp bf61', '--amp must be'),
+    ('revvit_train', '--save-steps 0', '--save-steps'), ('revvit_train', '--threads 0', '--threads'),
+    ('revvit_train', '--workers -2', '--workers'), ('revvit_train', '--seed -2', '--seed'),
+    ('revvit_train', '--chunk 0', '--chunk'),
+    ('revvit_train', '--keep 1.5', '--keep must be from 0 to 1, got 1.5'),
+    ('revvit_train', '--keep -0.1', '--keep must be from 0 to 1, got -0.1'),
+    ('revvit_train', '--keep nan', '--keep must be from 0 to 1, got nan'),
+    ('revvit_train', '--keep much', "--keep: invalid float value: 'much'"),
+    ('revvit_train', '--amp fp16 --device cpu', "--amp 'fp16' needs"),
+    ('revvit_train', '--weights seven.pth', '; --new-head leaves the model\'s classifier'),
+    ('revvit_train', '--weights large.pth', '; --new-size resamples'),
+    ('revvit_train', '--recipe rev_vit_s', '--data'), ('revvit_train', '--recipe rev_vit_s --root x --data '
+                                                       '.', '--root is for'), ('revvit_predict', 'noise.png --top '
+                                                           '0', '--top'), ('revvit_predict', 'noise.png --views '
+                                                               '0', '--views'),
+    ('revvit_predict', 'noise.png --weights odd.pth', '--model'), ('revvit_predict', 'noise.png --model '
+        'revvit_tiny_patch16_224', '--weights'), ('revvit_test', '--data . --batch-size 0', '--batch-size'),
+    ('revvit_test', '--data . --workers -1', '--workers')], ids=str)
 def test_messages_name_flags(name, args, flag, zoo, tmp_path, here):
     "What a command says is in the words of the command line, and nothing was begun"
     from revvit.training.recipes import recipe_model, recipes
     save_checkpoint(recipe_model(recipes['digits'], 7), tmp_path/'seven.pth')
-    save_checkpoint(timm.create_model('revvit_tiny_patch16_224', **{**recipes['digits'].model_args, 'in_chans': 1, 'img_size': 32, 'num_classes': 10}), tmp_path/'large.pth')
-    torch.save(timm.create_model('revvit_tiny_patch16_224', embed_dim=24, num_heads=2, depth=3).state_dict(), tmp_path/'odd.pth')
+    save_checkpoint(timm.create_model('revvit_tiny_patch16_224',
+                                      **{**recipes['digits'].model_args, 'in_chans': 1, 'img_size': 32,
+                                         'num_classes': 10}), tmp_path/'large.pth')
+    torch.save(timm.create_model('revvit_tiny_patch16_224', embed_dim=24, num_heads=2, depth=3).state_dict(),
+               tmp_path/'odd.pth')
     shutil.copy(zoo/'noise.png', tmp_path)
     before = sorted(tmp_path.rglob('*'))
     r = here(tmp_path, name, *args.split())
     only_sentence(r, flag)
-    assert not re.search(r'(?<![\w-])(batch_size|new_head|new_size|save_steps|on_bad)\b|=(True|False|None)', r.stderr), r.stderr
+    assert not re.search(r'(?<![\w-])(batch_size|new_head|new_size|save_steps|on_bad)\b|=(True|False|None)',
+                         r.stderr), r.stderr
     assert sorted(tmp_path.rglob('*')) == before
 
-@pytest.mark.parametrize('args', [['missing.png'], ['missing.png', 'gone.png'], ['noise.png', '--weights', 'no.pth'], ['noise.png', '--weights', 'vit.pth', '--classes', 'no.txt'], ['noise.png', '--weights', 'vit.pth', '--device', 'tpu']], ids=' '.join)
+@pytest.mark.parametrize('args', [['missing.png'], ['missing.png', 'gone.png'], ['noise.png', '--weights', 'no.pth'],
+                                  ['noise.png', '--weights', 'vit.pth', '--classes', 'no.txt'],
+                                  ['noise.png', '--weights', 'vit.pth', '--device', 'tpu']], ids=' '.join)
 def test_no_old_features_after_a_failure(args, zoo, tmp_path, here):
     (tmp_path/'f.npz').write_bytes(b'of another run')
-    r = here(zoo, 'revvit_predict', *args, *([] if '--weights' in args else ['--weights', 'vit.pth']), '--features', tmp_path/'f.npz')
+    r = here(zoo, 'revvit_predict', *args, *([] if '--weights' in args else ['--weights', 'vit.pth']), '--features',
+             tmp_path/'f.npz')
     assert r.returncode == 2 and not [*tmp_path.iterdir()]
 
 def test_features_do_not_replace_another_kind_of_file(zoo, here):
     "A slip of the hand would cost the picture"
     before = (zoo/'noise.png').read_bytes()
-    only_sentence(here(zoo, 'revvit_predict', 'noise.png', '--weights', 'vit.pth', '--features', 'noise.png'), 'noise.png: there is such a file, and its name does not end in .npz')
+    only_sentence(here(zoo, 'revvit_predict', 'noise.png', '--weights', 'vit.pth', '--features', 'noise.png'),
+                  'noise.png: there is such a file, and its name does not end in .npz')
     assert (zoo/'noise.png').read_bytes() == before
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGINT') or os.name != 'posix', reason='signals are those of POSIX')
@@ -795,7 +924,8 @@ def test_ctrl_c_while_importing(name, swallow, tmp_path):
     "A package that takes long to import, and one that catches everything: exit code 130 and one sentence"
     wait = f"open({str(tmp_path/'here')!r}, 'w').close(); time.sleep(600)"
     (tmp_path/'timm').mkdir()
-    (tmp_path/'timm/__init__.py').write_text(f"import time\ntry: {wait}\nexcept BaseException: raise ImportError('no timm')\n" if swallow else f"import time; {wait}")
+    (tmp_path/'timm/__init__.py').write_text(f"import time\ntry: {wait}\nexcept BaseException: raise ImportError('no "
+                                             f"timm')\n" if swallow else f"import time; {wait}")
     path = os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[1])])
     end = time.monotonic()+240
     with started(tmp_path, script(name), env={**env, 'PYTHONPATH': path}, stdout=subprocess.PIPE) as p:
@@ -805,7 +935,9 @@ def test_ctrl_c_while_importing(name, swallow, tmp_path):
     assert (p.returncode, out, err) == (130, '', f'{name}: interrupted\n')
 
 @pytest.mark.skipif(os.name != 'posix', reason='pipes are those of POSIX')
-@pytest.mark.parametrize('name,args', [('revvit_predict', ['runs/digits/digit_3.png']*50), ('revvit_train', ['--epochs', '1', '--batch-size', '512', '--out'])], ids=['predict', 'train'])
+@pytest.mark.parametrize('name,args', [('revvit_predict', ['runs/digits/digit_3.png']*50),
+                                       ('revvit_train', ['--epochs', '1', '--batch-size', '512', '--out'])],
+                         ids=['predict', 'train'])
 def test_a_reader_that_leaves(name, args, work, tmp_path):
     "`| head -1`: nothing is said, and the exit code is that of a program in a pipe"
     args = args+[str(tmp_path/'run')] if name == 'revvit_train' else args
@@ -817,21 +949,28 @@ def test_a_reader_that_leaves(name, args, work, tmp_path):
 
 def test_importing_revvit_is_light(tmp_path):
     "fastai, matplotlib and scikit-learn are loaded by those who train, not by those who only want a model"
-    code = "import sys, revvit, revvit.use.cli; print([o for o in ('fastai', 'matplotlib', 'sklearn', 'pandas') if o in sys.modules])"
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    code = ("import sys, revvit, revvit.use.cli; print([o for o in ('fastai', 'matplotlib', 'sklearn', 'pandas') if o "
+            "in sys.modules])")
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, env=env, capture_output=True,
+                       text=True, timeout=300)
     assert r.stdout == '[]\n', r.stdout + r.stderr
 
-@pytest.mark.parametrize('name,words,said', [('revvit_predict', '--model revvit_huge noise.png', "no model 'revvit_huge'"),
+@pytest.mark.parametrize('name,words,said', [('revvit_predict', '--model revvit_huge noise.png',
+                                              "no model 'revvit_huge'"),
     ('revvit_predict', 'noise.png --weights vit.pth --features .', 'a folder, not a file'),
     ('revvit_predict', 'noise.png --weights vit.pth --features gone/f.npz', 'there is no folder gone'),
-    ('revvit_predict', 'noise.png --weights vit.pth --classes few.txt', 'few.txt has 2 names, but the model has 3 classes'),
+    ('revvit_predict', 'noise.png --weights vit.pth --classes few.txt', 'few.txt has 2 names, but the model has 3 '
+     'classes'),
     ('revvit_predict', 'noise.png --weights vit.pth --classes noise.png', 'noise.png: not a text file'),
     ('revvit_predict', 'good.mp4 --weights vit.pth', 'good.mp4: a video, but the model takes images'),
     ('revvit_test', '', 'required: --data'), ('revvit_test', '--data . --weights text.mp4', 'text.mp4'),
-    ('revvit_train', '--recipe digits --data .', 'brings its own data'), ('revvit_train', '--lr 0', '--lr must be a number above 0'),
-    ('revvit_train', '--average 1', '--average must be from 0 to below 1'), ('revvit_train', '--out few.txt', 'few.txt'),
+    ('revvit_train', '--recipe digits --data .', 'brings its own data'),
+    ('revvit_train', '--lr 0', '--lr must be a number above 0'),
+    ('revvit_train', '--average 1', '--average must be from 0 to below 1'),
+    ('revvit_train', '--out few.txt', 'few.txt'),
     ('revvit_train', '--save-minutes 0', '--save-minutes must be a number above 0, got 0.0'),
-    ('revvit_train', '--out /dev/null/x', '/dev/null'), ('revvit_bench', '--minutes 0', '--minutes must be a number above'),
+    ('revvit_train', '--out /dev/null/x', '/dev/null'),
+    ('revvit_bench', '--minutes 0', '--minutes must be a number above'),
     ('revvit_bench', '--memory nan', '--memory must be a number above 0'), ('revvit_bench', '--device tpu', 'tpu'),
     ('revvit_bench', '--models revvit_tiny_patch16_224 --dtypes int8', '--dtypes must be of float32')], ids=str)
 def test_more_that_cannot_be(name, words, said, zoo, here):
@@ -860,7 +999,8 @@ def test_a_run_from_weights_begins_where_they_ended(work, tmp_path, here):
     assert then < first
 
 def test_a_published_recipe_on_ones_own_data(zoo, tmp_path, here, monkeypatch):
-    "What the recipe says reaches config.json, in proportion to the batch and the epochs; the last line says how good it is"
+    """What the recipe says reaches config.json, in proportion to the batch and the epochs; the last line says how
+    good it is"""
     small('rev_vit_s', tmp_path, zoo, monkeypatch)
     words = '--recipe rev_vit_s --data . --epochs 2 --batch-size 4 --workers 0 --out run --average .9'
     r = here(tmp_path, 'revvit_train', *words.split())
@@ -871,7 +1011,8 @@ def test_a_published_recipe_on_ones_own_data(zoo, tmp_path, here, monkeypatch):
 
 def test_a_command_that_means_another_run(work, here):
     words = ['--epochs', 1, '--batch-size', 128, '--out', 'runs/digits', '--resume', '--seed', 3]
-    only_sentence(here(work, 'revvit_train', *words), 'state-1.pth belongs to another run: its --seed is 0, here it is 3')
+    only_sentence(here(work, 'revvit_train', *words), 'state-1.pth belongs to another run: its --seed '
+                                                      'is 0, here it is 3')
 
 # Folders, patterns, lists and standard input; tests of more than one number
 
@@ -891,18 +1032,25 @@ def album(zoo):
 
 def answered(r): return [o.rpartition(': ')[0] for o in r.stdout.splitlines()]
 
-@pytest.mark.parametrize('words,which,notes', [(['album'], 'abcehfg', 1), (['album/'], 'abcehfg', 1), (['album/*.png','album/b.JPG'], 'ab', 0),
-    (['album/**/*.png'], 'age', 0), (['album/more/deep/g[[]1].png'], 'g', 0), (['album/more/deep/g[1].png'], 'g', 0), (['@list.txt'], 'afgb', 0),
+@pytest.mark.parametrize('words,which,notes', [(['album'], 'abcehfg', 1), (['album/'], 'abcehfg', 1),
+    (['album/*.png','album/b.JPG'], 'ab', 0),
+    (['album/**/*.png'], 'age', 0), (['album/more/deep/g[[]1].png'], 'g', 0), (['album/more/deep/g[1].png'], 'g', 0),
+    (['@list.txt'], 'afgb', 0),
     (['album/more','album/a.png','album/a.png'], 'ehfgaa', 0), (['@at.png'], '@', 0)], ids=str)
 def test_what_words_mean(words, which, notes, album, zoo, here):
-    "Files in the order of the words, in folders sorted; other files of a folder are counted in one line, which is no fault"
+    """Files in the order of the words, in folders sorted; other files of a folder are counted in one line, which is
+    no fault"""
     r = here(zoo, 'revvit_predict', *words, '--weights', 'vit.pth')
     assert (r.returncode, [o.rpartition('/')[2][0] for o in answered(r)]) == (0, list(which)), r.stderr
-    assert r.stderr.count('\n') == notes and (not notes or 'album: 3 files are left out' in r.stderr and '1 .txt' in r.stderr), r.stderr
+    assert r.stderr.count('\n') == notes and (not notes or 'album: 3 files are left out' in r.stderr
+                                              and '1 .txt' in r.stderr), r.stderr
 
-@pytest.mark.parametrize('word,said', [('empty', 'empty: a folder with no file in it'), ('texts', 'texts: 1 file is left out'),
-    ('gone*.png', 'gone*.png: no file fits this pattern'), ('@gone.txt', 'gone.txt: No such file'), ('@noise.png', 'noise.png: not a text file'),
-    ('@blank.txt', 'blank.txt: no names in it'), ('gone.png', 'gone.png: no such image file'), ('https://x.org/?.png', 'addresses are not read')])
+@pytest.mark.parametrize('word,said', [('empty', 'empty: a folder with no file in it'), ('texts', 'texts: 1 file is '
+    'left out'),
+    ('gone*.png', 'gone*.png: no file fits this pattern'), ('@gone.txt', 'gone.txt: No such file'),
+    ('@noise.png', 'noise.png: not a text file'),
+    ('@blank.txt', 'blank.txt: no names in it'), ('gone.png', 'gone.png: no such image file'),
+    ('https://x.org/?.png', 'addresses are not read')])
 def test_words_that_mean_nothing(word, said, album, zoo, here):
     "A sentence and exit code 2; the picture beside it has its answer"
     for o in ('empty', 'texts'): (zoo/o).mkdir(exist_ok=True)
@@ -912,12 +1060,14 @@ def test_words_that_mean_nothing(word, said, album, zoo, here):
     only_sentence(r, said)
     assert r.stdout.startswith('noise.png: ') and r.stdout.count('\n') == 1
 
-@pytest.mark.parametrize('args', ['--batch-size 1', '--batch-size 2', '--batch-size 3 --workers 2', '--batch-size 100', '--workers 1', ''])
+@pytest.mark.parametrize('args', ['--batch-size 1', '--batch-size 2', '--batch-size 3 --workers 2', '--batch-size 100',
+                                  '--workers 1', ''])
 def test_batches_change_no_answer(args, album, zoo, tmp_path, here):
     "In the order of the words, equal to those one by one; a bad file in the middle costs a sentence"
     (zoo/'bad.png').write_bytes(b'no image')
     words = [*album[:3], 'bad.png', *album[3:]]
-    r = here(zoo, 'revvit_predict', *words, '--weights', 'vit.pth', '--json', '--features', tmp_path/'f.npz', *args.split())
+    r = here(zoo, 'revvit_predict', *words, '--weights', 'vit.pth', '--json', '--features', tmp_path/'f.npz',
+             *args.split())
     only_sentence(r, 'bad.png: not an image')
     got = json.loads(r.stdout)
     assert [o['file'] for o in got] == album
@@ -938,7 +1088,8 @@ def test_top_in_the_json(top, zoo, here):
     "By name, the most probable first, and not more than there are"
     (o,) = json.loads(here(zoo, 'revvit_predict', 'noise.png', '--weights', 'vit.pth', '--json', '--top', top).stdout)
     assert [a['pred_score'] for a in o['top']] == sorted(o['pred_scores'], reverse=True)[:top]
-    assert all(a['pred_class'] == narrow['vit'][2][a['pred_label']] and a['pred_score'] == o['pred_scores'][a['pred_label']] for a in o['top'])
+    assert all(a['pred_class'] == narrow['vit'][2][a['pred_label']]
+               and a['pred_score'] == o['pred_scores'][a['pred_label']] for a in o['top'])
     assert len(o['pred_scores']) == 3 and o['top'][0] == {k: o[k] for k in ('pred_label','pred_score','pred_class')}
 
 @pytest.mark.parametrize('kind,file', [('vit','noise.png'), ('clip','good.mp4')])
@@ -953,7 +1104,8 @@ def test_standard_input(kind, file, zoo, here):
     with standard_input(b'nothing good'): only_sentence(here(zoo, 'revvit_predict', '-', *words), 'revvit_predict: -: ')
 
 def test_standard_input_is_one_file(zoo, here):
-    only_sentence(here(zoo, 'revvit_predict', '-', '-', '--weights', 'vit.pth'), 'standard input is one file, and is named once')
+    only_sentence(here(zoo, 'revvit_predict', '-', '-', '--weights', 'vit.pth'),
+                  'standard input is one file, and is named once')
 
 @pytest.fixture(scope='module')
 def three(zoo):
@@ -968,20 +1120,25 @@ def three(zoo):
 def asked(zoo, file, crops=1):
     return revvit.inference_model(None, zoo/file, weights=zoo/'vit.pth', device='cpu', crops=crops)
 
-@pytest.mark.parametrize('words', ['--batch-size 1', '--batch-size 4 --workers 2', '--crops 3', '--crops 5 --batch-size 2'])
+@pytest.mark.parametrize('words', ['--batch-size 1', '--batch-size 4 --workers 2', '--crops 3',
+                                   '--crops 5 --batch-size 2'])
 def test_every_number_of_a_test(words, three, tmp_path, here):
     "Counts, classes, matrix and table agree with asking for each file alone, whatever the batches"
     args = ['--data', 'three', '--weights', 'vit.pth', '--on-bad', 'skip', '--workers', 0, *words.split()]
     files = dict(confusion=tmp_path/'m.csv', predictions=tmp_path/'p.csv')
-    r = here(three, 'revvit_test', *args, '--json', '--per-class', '--confusion', files['confusion'], '--predictions', files['predictions'])
-    assert r.returncode == 0 and r.stderr.startswith('revvit_test: 1 of 9 files cannot be read and are not counted: three/bee/1.png: ') and r.stderr.count('\n') == 1
+    r = here(three, 'revvit_test', *args, '--json', '--per-class', '--confusion', files['confusion'], '--predictions',
+             files['predictions'])
+    assert r.returncode == 0
+    assert r.stderr.startswith('revvit_test: 1 of 9 files cannot be read and are not counted: three/bee/1.png: ')
+    assert r.stderr.count('\n') == 1
     res,names = json.loads(r.stdout),narrow['vit'][2]
     rows = list(csv.DictReader(files['predictions'].open()))
     crops = int(words.split('--crops ')[1][0]) if 'crops' in words else 1
     assert [o['file'] for o in rows] == [f'three/{c}/{i}.png' for c in names for i in range(3) if (c,i) != ('bee',1)]
     for o in rows:
         one = asked(three, o['file'], crops)
-        assert (o['label'], o['predicted']) == (o['file'].split('/')[1], one['pred_class']) and abs(float(o['probability'])-one['pred_score']) < 1e-5
+        assert (o['label'], o['predicted']) == (o['file'].split('/')[1], one['pred_class'])
+        assert abs(float(o['probability'])-one['pred_score']) < 1e-5
     right = [o['label'] == o['predicted'] for o in rows]
     assert (res['n'], res['skipped'], res['top1']) == (8, 1, sum(right)/8)
     for o in res['classes']:
@@ -989,16 +1146,22 @@ def test_every_number_of_a_test(words, three, tmp_path, here):
         assert (o['n'], o['top1']) == (len(mine), sum(mine)/len(mine)) and names[o['label']] == o['class']
     m = list(csv.reader(files['confusion'].open()))
     assert m[0] == ['label',*names] and [o[0] for o in m[1:]] == names
-    assert [[int(v) for v in o[1:]] for o in m[1:]] == [[sum((x['label'], x['predicted']) == (a,b) for x in rows) for b in names] for a in names]
+    assert [[int(v) for v in o[1:]] for o in m[1:]] == [[sum((x['label'], x['predicted']) == (a,b) for x in rows)
+        for b in names] for a in names]
 
 def test_a_picture_of_the_matrix(three, tmp_path, here):
-    r = here(three, 'revvit_test', '--data', 'three', '--weights', 'vit.pth', '--on-bad', 'skip', '--per-class', '--workers', 0, '--confusion', tmp_path/'m.png')
+    r = here(three, 'revvit_test', '--data', 'three', '--weights', 'vit.pth', '--on-bad', 'skip', '--per-class',
+             '--workers', 0, '--confusion', tmp_path/'m.png')
     assert r.returncode == 0 and min(Image.open(tmp_path/'m.png').size) > 300
-    assert [o.split(': ')[0] for o in r.stdout.splitlines()[1:]] == narrow['vit'][2] and r.stdout.splitlines()[0].endswith('8 files in three, 1 left out')
+    assert [o.split(': ')[0] for o in r.stdout.splitlines()[1:]] == narrow['vit'][2]
+    assert r.stdout.splitlines()[0].endswith('8 files in three, 1 left out')
 
-@pytest.mark.parametrize('words,said', [('--confusion m.txt', 'm.txt: the name must end in .png or .csv'), ('--predictions p.png', 'p.png: the name must end in .csv'),
-    ('--predictions gone/p.csv', 'there is no folder gone'), ('--confusion noise.png', 'noise.png: there is such a file already'), ('--on-bad drop', '--on-bad must be raise or skip'),
-    ('--crops 2', '--crops must be 1 (the middle), 3'), ('--on-bad raise --predictions p.csv', 'three/bee/1.png: not an image'), ('--crops x', 'invalid int value')])
+@pytest.mark.parametrize('words,said', [('--confusion m.txt', 'm.txt: the name must end in .png or .csv'),
+    ('--predictions p.png', 'p.png: the name must end in .csv'),
+    ('--predictions gone/p.csv', 'there is no folder gone'), ('--confusion noise.png', 'noise.png: there is such a '
+        'file already'), ('--on-bad drop', '--on-bad must be raise or skip'),
+    ('--crops 2', '--crops must be 1 (the middle), 3'), ('--on-bad raise --predictions p.csv', 'three/bee/1.png: not '
+        'an image'), ('--crops x', 'invalid int value')])
 def test_tests_that_cannot_be(words, said, three, here):
     "One sentence, no number, and nothing is written"
     before = sorted(o.name for o in three.iterdir())
@@ -1010,14 +1173,16 @@ def test_no_file_can_be_read(zoo, here):
     for o in narrow['vit'][2]:
         (zoo/'spoilt'/o).mkdir(parents=True)
         (zoo/'spoilt'/o/'a.png').write_bytes(b'no image')
-    only_sentence(here(zoo, 'revvit_test', '--data', 'spoilt', '--weights', 'vit.pth', '--on-bad', 'skip', '--workers', 0), 'none of the 3 files can be read: spoilt/ant/a.png: ')
+    only_sentence(here(zoo, 'revvit_test', '--data', 'spoilt', '--weights', 'vit.pth', '--on-bad', 'skip', '--workers',
+                       0), 'none of the 3 files can be read: spoilt/ant/a.png: ')
 
 def test_other_files_in_a_test_folder(three, here):
     "Counted in a sentence, as for predictions, and no line of Python"
     (three/'three'/'ant'/'notes.txt').write_text('x')
     r = here(three, 'revvit_test', '--data', 'three', '--weights', 'vit.pth', '--on-bad', 'skip', '--workers', 0)
     (three/'three'/'ant'/'notes.txt').unlink()
-    assert r.returncode == 0 and r.stderr.startswith('revvit_test: three: 1 file is left out, ') and r.stderr.count('\n') == 2
+    assert r.returncode == 0 and r.stderr.startswith('revvit_test: three: 1 file is left out, ')
+    assert r.stderr.count('\n') == 2
 
 @pytest.mark.parametrize('views,crops', [(1,3), (2,3), (2,5)])
 def test_views_and_crops_of_a_video(views, crops, zoo, tmp_path, here):
@@ -1031,7 +1196,8 @@ def test_views_and_crops_of_a_video(views, crops, zoo, tmp_path, here):
     words = ['--weights', zoo/'clip.pth', '--views', views, '--crops', crops, '--json', '--workers', 0]
     (o,) = json.loads(here(zoo, 'revvit_predict', 'good.mp4', *words).stdout)
     torch.testing.assert_close(torch.tensor(o['pred_scores']), want, rtol=0, atol=1e-5)
-    assert math.isclose(json.loads(here(zoo, 'revvit_test', '--data', tmp_path, *words).stdout)['loss'], -want[1].log().item(), rel_tol=1e-4)
+    assert math.isclose(json.loads(here(zoo, 'revvit_test', '--data', tmp_path, *words).stdout)['loss'],
+                        -want[1].log().item(), rel_tol=1e-4)
 
 # ---------------------------------------------------------------- one's own images and clips
 
@@ -1049,12 +1215,16 @@ def photos(tmp_path):
     return tmp_path
 
 def test_photographs_without_a_recipe(photos, here):
-    "One command: what was found, what was held out and how well it went; then longer, tested on what was held out, and begun from its own weights"
-    with pytest.warns(UserWarning, match='1 file is left out.*1 .txt'): r = here(photos, 'revvit_train', '--data', 'photos', '--out', 'run', '--epochs', 1, '--workers', 0)
+    """One command: what was found, what was held out and how well it went; then longer, tested on what was held out,
+    and begun from its own weights"""
+    with pytest.warns(UserWarning, match='1 file is left out.*1 .txt'):
+        r = here(photos, 'revvit_train', '--data', 'photos', '--out', 'run', '--epochs', 1, '--workers', 0)
     assert r.returncode == 0
-    for o in ('photos holds 30 images: recipe fine_tune_images, from random weights', '6 of 30 images are held out', 'of 6 held-out files', 'Now try: revvit_predict photos'): assert o in r.stdout, o
+    for o in ('photos holds 30 images: recipe fine_tune_images, from random weights', '6 of 30 images are held out',
+              'of 6 held-out files', 'Now try: revvit_predict photos'): assert o in r.stdout, o
     cfg = json.loads((photos/'run/config.json').read_text(encoding='utf8'))
-    assert (cfg['recipe'], cfg['model'], cfg['batch_size'], cfg['training items']) == ('fine_tune_images', 'revvit_tiny_patch16_224', 3, 24)
+    assert (cfg['recipe'], cfg['model'], cfg['batch_size'], cfg['training items']) == ('fine_tune_images',
+        'revvit_tiny_patch16_224', 3, 24)
     held = (photos/'run/held-out.csv').read_text(encoding='utf8').splitlines()
     assert len(held) == 6 and [o[-1] for o in held] == ['0','0','1','1','2','2']
     r = here(photos, 'revvit_train', '--data', 'photos', '--out', 'run', '--epochs', 2, '--workers', 0, '--resume')
@@ -1063,15 +1233,19 @@ def test_photographs_without_a_recipe(photos, here):
     r = here(photos, 'revvit_test', '--data', 'run/held-out.csv', '--weights', 'run/checkpoint.pth', '--workers', 0)
     assert r.returncode == 0 and r.stdout.startswith(top1) and '6 files' in r.stdout
     for part,n in (('', 6), ('held-out', 6), ('all', 30)):
-        words = ['--data', photos/'photos', '--weights', 'run/checkpoint.pth', '--workers', 0, *(['--part', part] if part else [])]
+        words = ['--data', photos/'photos', '--weights', 'run/checkpoint.pth', '--workers', 0,
+                 *(['--part', part] if part else [])]
         r = here(photos, 'revvit_test', *words, '--on-bad', 'skip')
         assert r.returncode == 0 and f'; {n} files in' in r.stdout and (n == 30 or r.stdout.startswith(top1)), (part, r)
         assert ('counted are the files that the run in run held out' in r.stderr) == (n == 6)
     (photos/'elsewhere').mkdir()
     shutil.copy(photos/'run/checkpoint.pth', photos/'elsewhere')
-    for args,said in ((['--part', 'held-out'], 'no held-out.csv beside the weights'), (['--part', 'some'], "--part must be held-out or all, got 'some'")):
-        only_sentence(here(photos, 'revvit_test', '--data', 'photos', '--weights', 'elsewhere/checkpoint.pth', *args), said)
-    line = ['--weights', 'run/checkpoint.pth', '--freeze', 'backbone', '--layer-decay', .5, '--backbone-lr', 1e-4, '--accumulate', 2, '--epochs', 1, '--workers', 0]
+    for args,said in ((['--part', 'held-out'], 'no held-out.csv beside the weights'),
+                      (['--part', 'some'], "--part must be held-out or all, got 'some'")):
+        only_sentence(here(photos, 'revvit_test', '--data', 'photos', '--weights', 'elsewhere/checkpoint.pth', *args),
+                      said)
+    line = ['--weights', 'run/checkpoint.pth', '--freeze', 'backbone', '--layer-decay', .5, '--backbone-lr', 1e-4,
+            '--accumulate', 2, '--epochs', 1, '--workers', 0]
     assert here(photos, 'revvit_train', '--data', 'photos', '--out', 'tuned', *line).returncode == 0
     a,b = (load_model(photos/o/'checkpoint.pth').state_dict() for o in ('run', 'tuned'))
     assert {k for k in a if not torch.equal(a[k], b[k])} == {'head.weight', 'head.bias'}
@@ -1088,8 +1262,10 @@ def test_photographs_that_cannot_be_read(photos, here):
     if 'torn.png' in names: assert '(1 more cannot be read)' in r.stdout
     else: assert any('cannot be read and are left out: photos/red/torn.png' in str(o.message) for o in said)
     (photos/'photos/green/empty.png').unlink()
-    only_sentence(here(photos, 'revvit_train', *words, '--on-bad', 'raise', '--out', 'other'), 'torn.png: the image cannot be read')
-    r = here(photos, 'revvit_test', '--data', 'photos', '--part', 'all', '--weights', 'run/checkpoint.pth', '--workers', 0)
+    only_sentence(here(photos, 'revvit_train', *words, '--on-bad', 'raise', '--out', 'other'),
+                  'torn.png: the image cannot be read')
+    r = here(photos, 'revvit_test', '--data', 'photos', '--part', 'all', '--weights', 'run/checkpoint.pth',
+             '--workers', 0)
     assert r.returncode == 2 and r.stderr.endswith('; --on-bad skip leaves out what cannot be read\n')
 
 def test_steps_in_the_backward_pass(tmp_path, here):
@@ -1106,8 +1282,10 @@ def test_films_without_a_recipe(tmp_path, here):
     for name in ('left', 'right'):
         (tmp_path/'films'/name).mkdir(parents=True)
         for i in range(4): film(tmp_path/'films'/name/f'{i}.mp4', n=12+i)
-    r = here(tmp_path, 'revvit_train', '--data', 'films', '--out', 'run', '--epochs', 1, '--workers', 0, '--img-size', 32, '--frames', 4)
-    assert r.returncode == 0 and 'films holds 8 videos: recipe fine_tune_clips' in r.stdout and 'of 2 held-out files, 5 views each' in r.stdout
+    r = here(tmp_path, 'revvit_train', '--data', 'films', '--out', 'run', '--epochs', 1, '--workers', 0, '--img-size',
+             32, '--frames', 4)
+    assert r.returncode == 0 and 'films holds 8 videos: recipe fine_tune_clips' in r.stdout
+    assert 'of 2 held-out files, 5 views each' in r.stdout
     assert json.loads((tmp_path/'run/config.json').read_text(encoding='utf8'))['image_cfg']['input_size'] == [3,4,32,32]
 
 def test_a_recipe_to_edit(tmp_path, here):
@@ -1120,12 +1298,18 @@ def test_a_recipe_to_edit(tmp_path, here):
     cfgs = [json.loads((tmp_path/'runs'/o/'config.json').read_text(encoding='utf8')) for o in ('mine', 'mine-2')]
     assert [(o['recipe'], o['smoothing'], o['batch_size']) for o in cfgs] == [('mine', .2, 512)]*2
 
-@pytest.mark.parametrize('args,said', [(['--batch-size', 25], '24 training files are too few for a batch of 25: --batch-size 24 or less would work'),
-    (['--model', 'resnet18'], '--model must be one of revmvit_base_224'), (['--img-size', 100], '--img-size must be a multiple of patch_size'), (['--frames', 8], '--frames is for clips'),
-    (['--freeze', 7], '--freeze must be backbone or a number of blocks from 0 to 6'), (['--layer-decay', 2], '--layer-decay must be above 0 and at most 1'),
-    (['--accumulate', 9], '--accumulate must be at most the 8 batches'), (['--clip', -1], '--clip must be a number above 0'),
+@pytest.mark.parametrize('args,said', [(['--batch-size', 25], '24 training files are too few for a batch of 25: '
+                                        '--batch-size 24 or less would work'),
+    (['--model', 'resnet18'], '--model must be one of revmvit_base_224'), (['--img-size', 100], '--img-size must be a '
+        'multiple of patch_size'), (['--frames', 8], '--frames is for clips'),
+    (['--freeze', 7], '--freeze must be backbone or a number of blocks from 0 to 6'),
+    (['--layer-decay', 2], '--layer-decay must be above 0 and at most 1'),
+    (['--accumulate', 9], '--accumulate must be at most the 8 batches'),
+    (['--clip', -1], '--clip must be a number above 0'),
     (['--step-in-backward'], '--step-in-backward does not go with --clip 1, the norm of all gradients at once'),
-    (['--step-in-backward', '--clip', 0, '--accumulate', 2], '--step-in-backward does not go with --accumulate 2'), (['--backbone-lr', 0], '--backbone-lr must be a number above 0'), (['--recipe', 'no.json'], 'no.json: no such recipe file'),
+    (['--step-in-backward', '--clip', 0, '--accumulate', 2], '--step-in-backward does not go with --accumulate 2'),
+    (['--backbone-lr', 0], '--backbone-lr must be a number above 0'),
+    (['--recipe', 'no.json'], 'no.json: no such recipe file'),
     (['--weights', 'no.pth'], 'no.pth'), (['--recipe', 'digits'], 'brings its own data')], ids=str)
 def test_own_data_refusals(args, said, photos, here):
     "One sentence, and no folder"
@@ -1135,4 +1319,5 @@ def test_own_data_refusals(args, said, photos, here):
 
 def test_a_folder_of_both(photos, here):
     for i in range(9): (photos/'photos/blue'/f'{i}.mp4').touch()
-    only_sentence(here(photos, 'revvit_train', '--data', 'photos'), 'holds 30 images and 9 videos, so it is not clear what to train on: `revvit_train --data photos --recipe fine_tune_images`')
+    only_sentence(here(photos, 'revvit_train', '--data', 'photos'), 'holds 30 images and 9 videos, so it is not clear '
+                  'what to train on: `revvit_train --data photos --recipe fine_tune_images`')

@@ -48,15 +48,18 @@ def test_a_flag_that_must_be_given():
 
 def test_help():
     said = ' '.join(flags_parser(demo).format_help().split())
-    for o in ('Show what came', 'FILE Pictures', '--batch-size N Images a step', '--lr X Learning rate (default: 0.001)',
+    for o in ('Show what came', 'FILE Pictures', '--batch-size N Images a step',
+              '--lr X Learning rate (default: 0.001)',
               '--name NAME 50% of a name (default: a)', '--json The comment may stand above, on two lines',
               '--exact, --no-exact To the bit'): assert o in said, o
 
-@pytest.mark.parametrize('args,line', [(dict(files='a', json=False), 'demo --files a'), (dict(json=True), 'demo --json'),
+@pytest.mark.parametrize('args,line', [(dict(files='a', json=False), 'demo --files a'),
+    (dict(json=True), 'demo --json'),
     (dict(batch_size=3, name='two words'), "demo --batch-size 3 --name 'two words'"), (dict(lr=1e-3), 'demo')])
 def test_the_line_that_means_a_call(args, line): assert command_line(demo, args) == line
 
-def test_a_line_without_its_folder(): assert command_line(demo, dict(name='x', lr=.1), without=('name',)) == 'demo --lr 0.1'
+def test_a_line_without_its_folder():
+    assert command_line(demo, dict(name='x', lr=.1), without=('name',)) == 'demo --lr 0.1'
 
 class Size(FlagGroup):
     "How large"
@@ -84,7 +87,8 @@ def shrink(
     if flags.max_side > 64: raise ValueError(f'max_side must be 64 at most, got {flags.max_side}')
     print(flags.max_side, flags.exact, flags.kind, out)
 
-@pytest.mark.parametrize('words,said', [('', '32 None a x'), ('--max-side 3 --no-exact --kind b --out y', '3 False b y')])
+@pytest.mark.parametrize('words,said', [('', '32 None a x'), ('--max-side 3 --no-exact --kind b --out '
+    'y', '3 False b y')])
 def test_flags_in_groups(words, said, capsys):
     assert shrink(words.split()) == 0
     assert capsys.readouterr().out.strip() == said
@@ -123,9 +127,11 @@ def ends(
     if how_so != 'well': raise kinds[how_so]
 
 @pytest.mark.parametrize('words,code,said', [('', 0, ''), ('--how-so value', 2, 'two lines'),
-    ('--how_so=missing', 2, 'a.png: No such file'), ('--how-so nan', 1, 'nan'), ('--how-so killed', 1, 'a reader is gone'),
+    ('--how_so=missing', 2, 'a.png: No such file'), ('--how-so nan', 1, 'nan'),
+    ('--how-so killed', 1, 'a reader is gone'),
     ('--how-so pipe', 141, ''), ('--how-so full', 2, 'out of memory on the CPU'), ('--how-so stop', 130, 'interrupted'),
-    ('--how-so torn', 2, 'a.png: torn'), ('--how-so reader', 2, 'a process that reads files was killed, most often for want of memory'),
+    ('--how-so torn', 2, 'a.png: torn'), ('--how-so reader', 2, 'a process that reads files was killed, most often for '
+                                          'want of memory'),
     ('--how-so flag', 2, "--how-so must be well, and --how-so 'x' or --how-so is not"),
     ('--what', 2, 'unrecognized arguments: --what (see ends --help)')])
 def test_ends(words, code, said, monkeypatch, capsys):
@@ -157,13 +163,16 @@ def counts(
     weights:Path|None=None, # H
 ): "Take numbers"
 
-@pytest.mark.parametrize('flag', ['top', 'views', 'chunk', 'batch-size', 'threads', 'save-steps', 'log-every', 'validate-every'])
+@pytest.mark.parametrize('flag', ['top', 'views', 'chunk', 'batch-size', 'threads', 'save-steps', 'log-every',
+                                  'validate-every'])
 def test_at_least_one(flag, capsys):
     assert counts([f'--{flag}', '1']) == 0 and counts([f'--{flag}', '0']) == 2
     assert capsys.readouterr().err == f'counts: --{flag} must be 1 or more, got 0\n'
 
 @command
-def warns(): "Print warnings as they would be shown"; print(*[warnings.formatwarning('two\nlines', o, 'x.py', 3) for o in (UserWarning, RuntimeWarning)], sep='', end='')
+def warns():
+    "Print warnings as they would be shown"
+    print(*[warnings.formatwarning('two\nlines', o, 'x.py', 3) for o in (UserWarning, RuntimeWarning)], sep='', end='')
 
 def test_warnings_are_sentences(capsys):
     "Those for users; and afterwards Python's way is back"
@@ -213,7 +222,8 @@ def test_a_run_without_a_state_begins_again(out, folder, at, capsys):
     with pytest.raises(ValueError, match=f'{folder} was begun by another command: its seed is 3, here it is 4'):
         claim_run(out, 'digits', True, dict(seed=4))
 
-@pytest.mark.parametrize('text,said', [(None, 'is missing'), ('{"recipe": ', 'cannot be read'), ('[]', 'cannot be read')])
+@pytest.mark.parametrize('text,said', [(None, 'is missing'), ('{"recipe": ', 'cannot be read'),
+                                       ('[]', 'cannot be read')])
 def test_a_config_that_is_gone(text, said, at, capsys):
     state('runs/digits')
     if text is not None: (at/'runs/digits/config.json').write_text(text)
@@ -224,11 +234,13 @@ def test_the_last_run_of_a_recipe_goes_on(at):
     "Not that of a folder with a similar name, nor of another recipe; one that is named goes on"
     for o,when in (('runs/digits',8), ('runs/digits-3',9), ('runs/digits-2',8), ('runs/digits-old',10), ('a/b',1)):
         state(o, when)
-    assert claim_run(None, 'digits', True) == Path('runs/digits-3') and claim_run(Path('a/b'), 'digits', True) == Path('a/b')
+    assert claim_run(None, 'digits', True) == Path('runs/digits-3')
+    assert claim_run(Path('a/b'), 'digits', True) == Path('a/b')
     assert claim_run(None, 'rev_vit_s', True) == Path('runs/rev_vit_s') # a new one
 
 def test_the_checkpoint_written_last(at):
-    with pytest.raises(ValueError, match='no checkpoint.pth under runs/ yet: run revvit_train first'): newest_checkpoint()
+    with pytest.raises(ValueError, match='no checkpoint.pth under runs/ yet: run revvit_train first'):
+        newest_checkpoint()
     for i,o in enumerate(('digits-2','digits')):
         (at/'runs'/o).mkdir(parents=True)
         (at/'runs'/o/'checkpoint.pth').touch()

@@ -6,7 +6,8 @@ from revvit.core.coupling import call_checked, couple, uncouple
 
 def half(d):
     torch.manual_seed(d)
-    return nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 2*d), nn.GELU(), nn.Linear(2*d, d)).double().requires_grad_(False)
+    return nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 2*d), nn.GELU(),
+                         nn.Linear(2*d, d)).double().requires_grad_(False)
 
 def streams(*shape):
     gen = torch.Generator().manual_seed(0)
@@ -41,15 +42,18 @@ def test_a_narrower_answer_passes():
     assert call_checked(torch.Tensor.bfloat16, torch.ones(4, 3), 'f').dtype == torch.bfloat16
 
 def test_inference_mode_counts_no_writes():
-    with torch.inference_mode(): assert_close(call_checked(torch.neg, torch.ones(2), 'f'), -torch.ones(2), rtol=0, atol=0)
+    with torch.inference_mode():
+        assert_close(call_checked(torch.neg, torch.ones(2), 'f'), -torch.ones(2), rtol=0, atol=0)
 
 # ---------------------------------------------------------------- streams
 
 @pytest.mark.parametrize('way', [couple,uncouple])
-@pytest.mark.parametrize('other', [lambda x: x[:1], torch.Tensor.float, lambda x: x.to('meta')], ids=['shape','dtype','device'])
+@pytest.mark.parametrize('other', [lambda x: x[:1], torch.Tensor.float, lambda x: x.to('meta')],
+                         ids=['shape','dtype','device'])
 def test_streams_that_differ_are_refused(way, other):
     x1,x2 = streams(4, 3)
-    with pytest.raises(ValueError, match=r'^streams differ: \(4, 3\) float64 on cpu and '): way(x1, other(x2), half(3), half(3))
+    with pytest.raises(ValueError, match=r'^streams differ: \(4, 3\) float64 on cpu and '):
+        way(x1, other(x2), half(3), half(3))
 
 @pytest.mark.parametrize('kind', ['odd','one','empty','strided'])
 def test_shapes_and_layouts(kind):

@@ -1,5 +1,6 @@
-"""A trained model elsewhere: what tutorials/deploy shows once, for images and clips, each compared with the model itself.
-`torch.export` stands in test_export. ONNX and int8 are tried where onnxruntime and torchao are installed (the extra `deploy`)."""
+"""A trained model elsewhere: what tutorials/deploy shows once, for images and clips, each compared with the model
+itself. `torch.export` stands in test_export. ONNX and int8 are tried where onnxruntime and torchao are installed (the
+extra `deploy`)."""
 import copy, json, warnings
 from pathlib import Path
 
@@ -10,10 +11,15 @@ from revvit import RevMViT, RevViT
 torch.set_num_threads(1)
 pages = Path(__file__).resolve().parent.parent/'nbs'/'tutorials'
 
-def vit(): return RevViT(img_size=32, patch_size=8, embed_dim=24, num_heads=3, depth=2, num_classes=5),torch.randn(7, 3, 32, 32)
-def mvit(**kw): return RevMViT(img_size=32, embed_dim=8, depth=2, stage_starts=(1,), kv_stride=(1,2,2), num_classes=5, **kw)
+def vit():
+    return RevViT(img_size=32, patch_size=8, embed_dim=24, num_heads=3, depth=2,
+                  num_classes=5),torch.randn(7, 3, 32, 32)
+def mvit(**kw):
+    return RevMViT(img_size=32, embed_dim=8, depth=2, stage_starts=(1,), kv_stride=(1,2,2), num_classes=5, **kw)
 def images(): return mvit(patch_kernel=(3,3), patch_stride=(2,2)),torch.randn(7, 3, 32, 32)
-def clips(): return mvit(num_frames=4, patch_kernel=(3,3,3), patch_stride=(2,2,2), pool_kernel=(3,3,3)),torch.randn(5, 3, 4, 32, 32)
+def clips():
+    return mvit(num_frames=4, patch_kernel=(3,3,3), patch_stride=(2,2,2),
+                pool_kernel=(3,3,3)),torch.randn(5, 3, 4, 32, 32)
 every = pytest.mark.parametrize('make', [vit,images,clips])
 
 def trained(make):
@@ -32,7 +38,8 @@ def test_onnx(make, tmp_path):
     m,x,want = trained(make)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        torch.onnx.export(m, (x[:2],), dynamo=True, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), verbose=False).save(tmp_path/'m.onnx')
+        torch.onnx.export(m, (x[:2],), dynamo=True, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+                          verbose=False).save(tmp_path/'m.onnx')
     session = runtime.InferenceSession(tmp_path/'m.onnx')
     given, = session.get_inputs()
     assert isinstance(given.shape[0], str) and given.shape[1:]==[*x.shape[1:]]
@@ -54,7 +61,8 @@ def test_int8(make):
     m,x,want = trained(make)
     small = copy.deepcopy(m)
     q.quantize_(small, q.Int8WeightOnlyConfig())
-    assert type(small.head.weight) is not torch.nn.Parameter and 'int8' in str([o.dtype for o in vars(small.head.weight).values() if isinstance(o, torch.Tensor)])
+    assert type(small.head.weight) is not torch.nn.Parameter
+    assert 'int8' in str([o.dtype for o in vars(small.head.weight).values() if isinstance(o, torch.Tensor)])
     with torch.no_grad(): out = small(x)
     assert 0 < float((out-want).norm()/want.norm()) < .05
 
@@ -63,7 +71,8 @@ def test_page(tmp_path, monkeypatch):
     "The page from its first cell to its last, but for the compiler and the timing, which are the machine's"
     for o in ('onnxruntime','onnxscript','torchao'): pytest.importorskip(o)
     monkeypatch.chdir(tmp_path)
-    code = [''.join(c['source']) for c in json.loads((pages/'deploy.ipynb').read_text(encoding='utf8'))['cells'] if c['cell_type']=='code']
+    code = [''.join(c['source']) for c in json.loads((pages/'deploy.ipynb').read_text(encoding='utf8'))['cells']
+            if c['cell_type']=='code']
     names = {}
     for o in code:
         if not any(word in o for word in ('compiled','got.items()','perf_counter','platform')):

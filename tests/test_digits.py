@@ -64,14 +64,16 @@ def test_sampling_is_fastais(monkeypatch):
     x,kw = TensorImageBW(torch.rand(6,1,16,16)),dict(degrees=10, zoom=.1, shift=.05)
     got = jittered(x, **kw)
     monkeypatch.setattr(module, 'affine_grid', lambda mat, size, **kw: mat)
-    def sample(x, mat, padding_mode, align_corners): return x.affine_coord(mat, pad_mode=padding_mode, align_corners=align_corners)
+    def sample(x, mat, padding_mode, align_corners):
+        return x.affine_coord(mat, pad_mode=padding_mode, align_corners=align_corners)
     monkeypatch.setattr(module, 'grid_sample', sample)
     assert torch.equal(got, jittered(x, **kw))
 
 def test_draws_are_one_for_each_image_and_repeat_with_the_seed():
     x,kw = TensorImageBW(torch.ones(1,1,16,16).tril().repeat(8,1,1,1)),dict(degrees=10, zoom=.1, shift=.05)
     assert len({o.numpy().tobytes() for o in jittered(x, **kw)}) == 8
-    assert torch.equal(jittered(x, 1, **kw), jittered(x, 1, **kw)) and not torch.equal(jittered(x, 1, **kw), jittered(x, 2, **kw))
+    assert torch.equal(jittered(x, 1, **kw), jittered(x, 1, **kw))
+    assert not torch.equal(jittered(x, 1, **kw), jittered(x, 2, **kw))
 
 # ---------------------------------------------------------------- batches
 
@@ -97,7 +99,8 @@ def test_R40_resume_and_share():
     dl.set_epoch(1, 7)
     assert_close(plain(dl), want[1][7:], rtol=0, atol=0)
     halves = [plain(digits_dls(bs=64, device='cpu', seed=2, rank=r, world=2).train) for r in (0,1)]
-    assert_close([torch.cat(y) for y in zip(*([y for _,y in o] for o in halves))], [y for _,y in want[0]], rtol=0, atol=0)
+    assert_close([torch.cat(y) for y in zip(*([y for _,y in o] for o in halves))], [y for _,y in want[0]],
+                 rtol=0, atol=0)
 
 def test_training_images_are_jittered_unless_one_says_otherwise():
     assert torch.equal(first(), first(jitter=DigitJitter()))

@@ -1,5 +1,5 @@
-"""Several processes, R20: what they compute together is what one computes. `torchrun` starts this very file twice over (Gloo, 127.0.0.1, float64);
-the first process writes what it found, and the tests read that."""
+"""Several processes, R20: what they compute together is what one computes. `torchrun` starts this very file twice over
+(Gloo, 127.0.0.1, float64); the first process writes what it found, and the tests read that."""
 import json, os, pickle, re, signal, subprocess, sys, time, warnings
 from contextlib import nullcontext
 from dataclasses import replace
@@ -30,13 +30,17 @@ def mlp(d=8): return nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 2*d), nn.GELU()
 
 class Stack(nn.Module):
     "A sequence of blocks whose two streams differ"
-    def __init__(self, depth): super().__init__(); self.blocks = ReversibleSequence([ReversibleBlock(mlp(), mlp()) for _ in range(depth)])
+    def __init__(self, depth):
+        super().__init__(); self.blocks = ReversibleSequence([ReversibleBlock(mlp(), mlp()) for _ in range(depth)])
     def forward(self, x): return sum(self.blocks(x, x.flip(1))).mean(1)
 
 KINDS = dict(sequence=lambda depth=3: (Stack(depth), torch.randn(8, 3, 8)),
-    vit=lambda depth=3: (RevViT(img_size=16, patch_size=8, embed_dim=16, num_heads=2, depth=depth, num_classes=5), torch.randn(8, 3, 16, 16)),
-    mvit=lambda depth=4: (RevMViT(img_size=32, embed_dim=8, depth=depth, stage_starts=(1,), num_classes=5), torch.randn(8, 3, 32, 32)))
-DDP = dict(default={}, find_unused=dict(find_unused_parameters=True), static_graph=dict(static_graph=True), bucket_view=dict(gradient_as_bucket_view=True))
+    vit=lambda depth=3: (RevViT(img_size=16, patch_size=8, embed_dim=16, num_heads=2, depth=depth, num_classes=5),
+                         torch.randn(8, 3, 16, 16)),
+    mvit=lambda depth=4: (RevMViT(img_size=32, embed_dim=8, depth=depth, stage_starts=(1,), num_classes=5),
+                          torch.randn(8, 3, 32, 32)))
+DDP = dict(default={}, find_unused=dict(find_unused_parameters=True), static_graph=dict(static_graph=True),
+           bucket_view=dict(gradient_as_bucket_view=True))
 
 def made(kind, *depth):
     torch.manual_seed(0)
@@ -44,7 +48,9 @@ def made(kind, *depth):
     return m.double(),x.double()
 def part(x): return x.chunk(dist.get_world_size())[dist.get_rank()]
 def loss(o): return o.square().sum(1).mean()
-def grads(m): return torch.cat([(p.grad.full_tensor() if hasattr(p.grad, 'full_tensor') else p.grad).flatten() for p in m.parameters()])
+def grads(m):
+    return torch.cat([(p.grad.full_tensor() if hasattr(p.grad, 'full_tensor') else p.grad).flatten()
+                      for p in m.parameters()])
 def alone(kind):
     m,x = made(kind)
     loss(m(x)).backward()
@@ -67,8 +73,10 @@ def ddp(kind, ref):
     yield 'no_sync',error(m, ref)
 
 def blocks(m): return [b for s in m.modules() if isinstance(s, ReversibleSequence) for b in s]
-WRAPS = dict(root=lambda m: [m], sequences=lambda m: [*(s for s in m.modules() if isinstance(s, ReversibleSequence)), m], blocks=lambda m: [*blocks(m), m],
-    halves=lambda m: [*(o for b in blocks(m) for o in (b.f, b.g)), m], layers=lambda m: [*(o for b in blocks(m) for o in b.g.modules() if isinstance(o, nn.Linear)), m],
+WRAPS = dict(root=lambda m: [m], sequences=lambda m: [*(s for s in m.modules() if isinstance(s, ReversibleSequence)),
+                                                      m], blocks=lambda m: [*blocks(m), m],
+    halves=lambda m: [*(o for b in blocks(m) for o in (b.f, b.g)), m],
+    layers=lambda m: [*(o for b in blocks(m) for o in b.g.modules() if isinstance(o, nn.Linear)), m],
     tail=lambda m: [*([m.neck] if hasattr(m, 'neck') else []), m])
 
 def fsdp(kind, ref):
@@ -103,7 +111,8 @@ def kept(kind):
             dist.barrier()
         yield name,found
 
-small = replace(recipes['digits'], epochs=3, batch_size=256, warmup_epochs=1, average=.9, mixup=.8, model_args=dict(patch_size=4, embed_dim=16, num_heads=2, depth=2, drop_path_rate=.2))
+small = replace(recipes['digits'], epochs=3, batch_size=256, warmup_epochs=1, average=.9, mixup=.8,
+                model_args=dict(patch_size=4, embed_dim=16, num_heads=2, depth=2, drop_path_rate=.2))
 class Stop(Callback):
     order = 90
     def after_batch(self):
@@ -125,7 +134,8 @@ def fit(out, *cbs, **when):
 
 def resumed(out, **when):
     "Do a run in one piece and one in two end with the same bits, here and in the other process?"
-    with patch('revvit.training.distributed.DistributedDataParallel', wraps=DistributedDataParallel) as ddp: straight = fit(out/'straight')
+    with patch('revvit.training.distributed.DistributedDataParallel', wraps=DistributedDataParallel) as ddp:
+        straight = fit(out/'straight')
     fit(out/'broken', Stop(), **when)
     dist.barrier()
     sent,send = [],dist.broadcast_object_list
@@ -137,21 +147,26 @@ def resumed(out, **when):
     box = [mine]
     dist.broadcast_object_list(box)
     n = len(mine)//2
-    same = all(map(torch.equal, mine[:n], mine[n:])) and all(map(torch.equal, mine, box[0])) and straight.recorder.values == again.recorder.values
+    same = (all(map(torch.equal, mine[:n], mine[n:])) and all(map(torch.equal, mine, box[0]))
+            and straight.recorder.values == again.recorder.values)
     torch.manual_seed(0)
     draws = [None]*2
     dist.all_gather_object(draws, float(straight.recorder.losses[-1]))
-    return dict(same=same, wraps=ddp.call_count, view=ddp.call_args.kwargs.get('gradient_as_bucket_view'), sent=sent, log=len((out/'broken'/'history.csv').read_text().splitlines()), files=sorted(o.name for o in (out/'broken').iterdir()), loss=draws)
+    return dict(same=same, wraps=ddp.call_count, view=ddp.call_args.kwargs.get('gradient_as_bucket_view'), sent=sent,
+                log=len((out/'broken'/'history.csv').read_text().splitlines()),
+                files=sorted(o.name for o in (out/'broken').iterdir()), loss=draws)
 
 def main(what, out):
     torch.set_num_threads(1)
     join_group(minutes=2)
     try:
         if what == 'poison': return fit(out, Poison())
-        found = {f'{test.__name__} {kind} {name}': e for kind in KINDS for test in (ddp, fsdp) for name,e in test(kind, alone(kind))}
+        found = {f'{test.__name__} {kind} {name}': e for kind in KINDS for test in (ddp, fsdp) for name,
+                 e in test(kind, alone(kind))}
         found |= {f'kept {kind} {name}': o for kind in KINDS for name,o in kept(kind)}
         found['resume'] = resumed(out)
-        if dist.get_rank(): revvit.training.resume.monotonic = lambda: 0. # a clock that stands still; it is not looked at
+        # a clock that stands still; it is not looked at
+        if dist.get_rank(): revvit.training.resume.monotonic = lambda: 0.
         found['minutes'] = resumed(out/'minutes', minutes=1e-5)
         if not dist.get_rank(): (out/'found.json').write_text(json.dumps(found))
     finally: leave_group()
@@ -161,8 +176,10 @@ def main(what, out):
 env = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
 def torchrun(*args, seconds=240):
     "Run this file in two processes: exit status, error stream, and whether any process was left"
-    words = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', __file__, *map(str, args)]
-    p = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    words = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
+             __file__, *map(str, args)]
+    p = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                         start_new_session=True)
     try: err = p.communicate(timeout=seconds)[1]
     finally:
         end,left = time.monotonic()+10,True
@@ -188,7 +205,8 @@ def test_R20_ddp_gives_the_gradient_of_one_process(found, kind, way): assert fou
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('wrap', ['root', 'sequences', 'blocks'])
-def test_R20_fsdp_of_the_model_and_of_whole_blocks_is_exact(found, kind, wrap): assert found[f'fsdp {kind} {wrap}'] < 1e-12
+def test_R20_fsdp_of_the_model_and_of_whole_blocks_is_exact(found, kind, wrap):
+    assert found[f'fsdp {kind} {wrap}'] < 1e-12
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('wrap', ['root', 'sequences'])
@@ -203,11 +221,13 @@ def test_fsdp_of_single_blocks_says_what_it_stores(found, kind):
     (four,said4),(eight,said8) = found[f'kept {kind} blocks']
     n = 4 if kind!='mvit' else 3 # its transition is no block
     assert len(said4)==n and len(said8)==n+4
-    assert all(re.match(r'block \d+ goes by ordinary autograd, because fully_shard was called on it \(call it on the whole sequence instead\): it stores', o) for o in said4+said8)
+    assert all(re.match(r'block \d+ goes by ordinary autograd, because fully_shard was called on it \(call it on the '
+                        r'whole sequence instead\): it stores', o) for o in said4+said8)
     mb = [float(re.search(r'stores ([\d.e+-]+) MB', o)[1]) for o in said8]
     assert eight-four > 4*1000 and eight > .9e6*sum(mb)
 
-@pytest.mark.parametrize('kind,wrap', [(k, w) for k in KINDS for w in ('halves', 'layers', 'tail') if (k, w) != ('sequence', 'tail')])
+@pytest.mark.parametrize('kind,wrap', [(k, w) for k in KINDS for w in ('halves', 'layers', 'tail')
+                                       if (k, w) != ('sequence', 'tail')])
 def test_R20_fsdp_inside_a_block_is_refused_with_a_remedy(found, kind, wrap):
     "A half on its own would free its weights before they are needed again"
     said = found[f'fsdp {kind} {wrap}']
@@ -218,10 +238,12 @@ def test_R33_two_processes_stopped_and_resumed_end_with_the_same_bits(found, whe
     "States by steps, and by the first process's clock while the other's stands still"
     assert found[when]['same'] and found[when]['log'] == 4
     assert found[when]['loss'][0] == found[when]['loss'][1]
-    assert found[when]['files'] == ['checkpoint.pth', 'history.csv', 'state-2-4.pth', 'state-3.pth'] # and no trace of the other process
+    # and no trace of the other process
+    assert found[when]['files'] == ['checkpoint.pth', 'history.csv', 'state-2-4.pth', 'state-3.pth']
 
 def test_one_wrapper_a_fit_and_no_state_in_a_pickle(found):
-    "Three epochs share their gradient buckets; a resumed run's state is read by each process, and only its path is sent"
+    """Three epochs share their gradient buckets; a resumed run's state is read by each process, and only its path is
+    sent"""
     assert (found['resume']['wraps'], found['resume']['view']) == (1, True)
     assert found['resume']['sent'] and max(found['resume']['sent']) < 2000
 
@@ -234,5 +256,6 @@ def test_R26_a_nan_in_one_process_stops_all(tmp_path):
 
 if __name__ == '__main__':
     main(sys.argv[1], Path(sys.argv[2]))
-    # after FSDP, PyTorch's own threads now and then abort a process that is done and only has to end ("terminate called without an active exception")
+    # after FSDP, PyTorch's own threads now and then abort a process that is done and only has to end ("terminate called
+    # without an active exception")
     os._exit(0)

@@ -1,4 +1,5 @@
-"""What users of the engine rely on and no requirement names: odd halves and streams, hooks, surgery, and other features of PyTorch"""
+"""What users of the engine rely on and no requirement names: odd halves and streams, hooks, surgery, and other
+features of PyTorch"""
 import copy, threading, warnings
 from contextlib import contextmanager
 from functools import partial
@@ -42,22 +43,32 @@ def no_grad_part(m, x):
     return x*z*m.v
 
 # all of them look at each image alone; some do odd things with what they are given
-HALVES = dict(tied=tied, unused=lambda: Fn(lambda m,x: x*m.w, w=8, unused=3), constant=lambda: Fn(lambda m,x: m.w.expand(x.shape), w=(3,8)), ones=lambda: Fn(lambda m,x: torch.ones_like(x)),
-    identity=nn.Identity, view=lambda: Fn(lambda m,x: x.view_as(x)), flip=lambda: Fn(lambda m,x: x.flip(-1)), expanded=lambda: Fn(lambda m,x: x[...,:1].expand(x.shape)), detached=lambda: Fn(lambda m,x: x.detach()),
-    alias=lambda: Fn(lambda m,x: x+m.w+m.v, w=(1,3,8), v=(1,3,8)), scalar=lambda: Fn(lambda m,x: x*m.w, w=()), pieces=lambda: Fn(lambda m,x: x@torch.cat((m.w,m.v)), w=(4,8), v=(4,8)), no_grad=lambda: Fn(no_grad_part, w=8, v=8),
-    weight_norm=lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), weight_norm2=lambda: nn.utils.weight_norm(nn.Linear(8, 8)), orthogonal=lambda: nn.utils.parametrizations.orthogonal(nn.Linear(8, 8)),
-    lstm=lambda: First(nn.LSTM(8, 8, batch_first=True)), attention=lambda: First(nn.MultiheadAttention(8, 2, dropout=.2, batch_first=True), 3), encoder=lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+HALVES = dict(tied=tied, unused=lambda: Fn(lambda m,x: x*m.w, w=8, unused=3),
+    constant=lambda: Fn(lambda m,x: m.w.expand(x.shape), w=(3,8)), ones=lambda: Fn(lambda m,x: torch.ones_like(x)),
+    identity=nn.Identity, view=lambda: Fn(lambda m,x: x.view_as(x)), flip=lambda: Fn(lambda m,x: x.flip(-1)),
+    expanded=lambda: Fn(lambda m,x: x[...,:1].expand(x.shape)), detached=lambda: Fn(lambda m,x: x.detach()),
+    alias=lambda: Fn(lambda m,x: x+m.w+m.v, w=(1,3,8), v=(1,3,8)), scalar=lambda: Fn(lambda m,x: x*m.w, w=()),
+    pieces=lambda: Fn(lambda m,x: x@torch.cat((m.w,m.v)), w=(4,8), v=(4,8)), no_grad=lambda: Fn(no_grad_part, w=8, v=8),
+    weight_norm=lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)),
+    weight_norm2=lambda: nn.utils.weight_norm(nn.Linear(8, 8)),
+    orthogonal=lambda: nn.utils.parametrizations.orthogonal(nn.Linear(8, 8)),
+    lstm=lambda: First(nn.LSTM(8, 8, batch_first=True)),
+    attention=lambda: First(nn.MultiheadAttention(8, 2, dropout=.2, batch_first=True), 3),
+    encoder=lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
     checkpointed=lambda: Fn(lambda m,x: checkpoint(m.inner, x, use_reentrant=False)), nested=Nested)
 
 @pytest.mark.filterwarnings('ignore:.*weight_norm:FutureWarning')
 @pytest.mark.parametrize('name', HALVES)
 def test_any_f_and_g(name):
-    "As F and as G, drop path on, in parts and whole, in a batch of one: tied and unused weights, no weights, views, aliases, parametrizations, a sequence inside"
+    """As F and as G, drop path on, in parts and whole, in a batch of one: tied and unused weights, no weights, views,
+    aliases, parametrizations, a sequence inside"""
     def half():
         m = HALVES[name]()
         if name=='checkpointed': m.inner = mlp(p=.3)
         return m
-    for chunk,b in ((1,5),(None,5),(None,1)): check_grads(stack(3, .3, .2, chunk, lambda i: (half(),mlp(p=.3)) if i%2 else (Tokens(8, .3),half())), *streams(b))
+    for chunk,b in ((1,5),(None,5),(None,1)):
+        check_grads(stack(3, .3, .2, chunk, lambda i: (half(),mlp(p=.3)) if i%2 else (Tokens(8, .3),half())),
+                    *streams(b))
 
 def test_weights_shared_between_halves_blocks_and_tail():
     def same_half(i): m = mlp(p=.3); return m,m
@@ -70,18 +81,22 @@ def test_weights_shared_between_halves_blocks_and_tail():
     m.blocks[2].f.norm.bias = m.blocks[2].g[0].bias
     check_grads(m, *xs)
 
-STREAMS = dict(rows=(lambda i: (mlp(p=.3),mlp()),(5,8)), numbers=(lambda i: (nn.Tanh(),nn.GELU()),(5,)), video=(lambda i: (mlp(p=.3),mlp()),(5,2,3,4,8)),
-    maps=(lambda i: (nn.Sequential(nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 3, padding=1), nn.GELU(), nn.Dropout2d(.3)),nn.Conv2d(8, 8, 1)),(5,8,6,7)))
+STREAMS = dict(rows=(lambda i: (mlp(p=.3),mlp()),(5,8)), numbers=(lambda i: (nn.Tanh(),nn.GELU()),(5,)),
+    video=(lambda i: (mlp(p=.3),mlp()),(5,2,3,4,8)),
+    maps=(lambda i: (nn.Sequential(nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 3, padding=1), nn.GELU(), nn.Dropout2d(.3)),
+                     nn.Conv2d(8, 8, 1)),(5,8,6,7)))
 
 @pytest.mark.parametrize('make, shape', STREAMS.values(), ids=STREAMS.keys())
 def test_streams_of_any_shape(make, shape):
-    m,(a,b) = stack(3, 0, .2, 2, make),torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    m,(a,b) = stack(3, 0, .2, 2, make),torch.randn(2, *shape, generator=torch.Generator().manual_seed(0),
+                                                   dtype=torch.float64)
     assert 1 <= chunk_size(a)
     check_grads(m, a, b)
     check_inverse(m, a, b)
     if a.ndim==4: check_grads(m, *(o.contiguous(memory_format=torch.channels_last) for o in (a,b)))
 
-@pytest.mark.parametrize('bad', [torch.zeros(5, 3, 8, dtype=torch.int64), torch.zeros(5, 3, 8, dtype=torch.complex64), torch.zeros(()), [1.]], ids=['integer','complex','scalar','list'])
+@pytest.mark.parametrize('bad', [torch.zeros(5, 3, 8, dtype=torch.int64), torch.zeros(5, 3, 8, dtype=torch.complex64),
+                                 torch.zeros(()), [1.]], ids=['integer','complex','scalar','list'])
 def test_other_streams_are_refused_in_a_sentence(bad):
     for m in (stack(2), stack(2).requires_grad_(False)):
         with pytest.raises(ValueError, match='streams are floating-point tensors with images first, got'): m(bad, bad)
@@ -95,7 +110,8 @@ def test_any_of_the_streams_may_need_a_gradient_and_be_used(needs, used):
     def run(*xs):
         torch.manual_seed(0)
         out = m(*xs)
-        return torch.autograd.grad(sum(out[i].square().sum() for i in used), [*(x for x in xs if x.requires_grad), *m.parameters()], allow_unused=True)
+        return torch.autograd.grad(sum(out[i].square().sum() for i in used),
+                                   [*(x for x in xs if x.requires_grad), *m.parameters()], allow_unused=True)
     agrees(m, lambda: run(*xs))
     if all(needs): agrees(m, lambda: run(xs[0], xs[0])[1:])
 
@@ -115,7 +131,8 @@ def test_float16_streams():
 @few
 def test_gradcheck(make):
     m,xs = make(rate=0, b=2)
-    assert torch.autograd.gradcheck(lambda *o: m(*o[:len(xs)]), (*(x.requires_grad_() for x in xs), *m.parameters()), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *o: m(*o[:len(xs)]), (*(x.requires_grad_() for x in xs), *m.parameters()),
+                                    fast_mode=True)
 
 # --- what cannot be repeated is refused, and says so
 
@@ -139,7 +156,8 @@ def test_a_gradient_that_would_be_lost_is_refused(kind):
     def run(): return weighted_sum(m(*streams(), tail=tail))
     assert plain(m, lambda: torch.autograd.grad(run(), w)[0].any())
     m,tail,w = captured(kind)
-    with pytest.raises(RuntimeError, match=rf"{'the tail' if tail else 'f of block 1'} uses a tensor of shape \(8,\) that needs a gradient.*{REMEDY}"): run().backward()
+    with pytest.raises(RuntimeError, match=rf"{'the tail' if tail else 'f of block 1'} uses a tensor of shape \(8,\) "
+                                           rf"that needs a gradient.*{REMEDY}"): run().backward()
     assert all(p.grad is None for p in m.parameters())
     with torch.no_grad(): w.requires_grad_(False)
     if kind=='list': agrees(m, lambda: torch.autograd.grad(run(), needing(m)))
@@ -172,12 +190,14 @@ def test_backward_in_inference_mode_or_inside_another_is_refused():
     m,xs = sequence(3, 2)
     loss = loss_of(m, xs)
     with torch.no_grad(): agrees(m, lambda: [torch.autograd.grad(loss, needing(m), retain_graph=True)[0]])
-    with torch.inference_mode(), pytest.raises(RuntimeError, match=f'in inference_mode.*{REMEDY}'): loss.backward(retain_graph=True)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=f'in inference_mode.*{REMEDY}'):
+        loss.backward(retain_graph=True)
     inner = []
     def hook(g):
         if not inner: inner.append(1); torch.autograd.grad(loss, needing(m), retain_graph=True)
     hook = m[2].f.norm.weight.register_hook(hook)
-    with pytest.raises(RuntimeError, match='two backward passes through one reversible run at a time'): loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match='two backward passes through one reversible run at a time'):
+        loss.backward(retain_graph=True)
     hook.remove()
     assert all(p.grad is None for p in m.parameters())
     assert same(torch.autograd.grad(loss, needing(m)), grads(m, xs))
@@ -193,10 +213,14 @@ def test_an_interrupt_and_a_hooked_block_leave_no_gradients_either(fault):
         assert all(p.grad is None for p in m.parameters())
 
 def test_wrong_blocks_and_tails_are_refused_in_a_sentence():
-    for call,words in ((lambda: ReversibleBlock(torch.square, nn.GELU()),'f must be a module, got'), (lambda: ReversibleSequence([], chunk=0),'at least 1 image, got 0'),
-        (lambda: ReversibleBlock(mlp(), mlp(), 1.),'at least 0 and below 1, got 1.0'), (lambda: stack(2)(*streams(), tail=lambda a,b: a+b),'tail must be a module, got function'),
-        (lambda: stack(2)(*streams(), tail=nn.CosineSimilarity(0)),'one tensor with a row for each image'), (lambda: stack(2, make=lambda i: (nn.Linear(8, 7),mlp()))(*streams()),r'f of block 0 returned .* 3, 7\)'),
-        (lambda: stack(2, make=lambda i: (mlp(),nn.ReLU(inplace=True)))(*streams()),'g of block 0 changed its input in place'), (lambda: stack(2, .3)[0].inverse(*streams()),r'call eval\(\) first')):
+    for call,words in ((lambda: ReversibleBlock(torch.square, nn.GELU()),'f must be a module, got'),
+        (lambda: ReversibleSequence([], chunk=0),'at least 1 image, got 0'),
+        (lambda: ReversibleBlock(mlp(), mlp(), 1.),'at least 0 and below 1, got 1.0'),
+        (lambda: stack(2)(*streams(), tail=lambda a,b: a+b),'tail must be a module, got function'),
+        (lambda: stack(2)(*streams(), tail=nn.CosineSimilarity(0)),'one tensor with a row for each image'),
+        (lambda: stack(2, make=lambda i: (nn.Linear(8, 7),mlp()))(*streams()),r'f of block 0 returned .* 3, 7\)'),
+        (lambda: stack(2, make=lambda i: (mlp(),nn.ReLU(inplace=True)))(*streams()),'g of block 0 '
+         'changed its input in place'), (lambda: stack(2, .3)[0].inverse(*streams()),r'call eval\(\) first')):
         with pytest.raises((ValueError,RuntimeError), match=words): call()
 
 # --- hooks, and lists of blocks
@@ -262,20 +286,28 @@ def changed_mlp(kind):
     m,xs = vit(3, 2, rate=0)
     g = m.blocks[1].g
     double = lambda o: setattr(o, 'forward', lambda x, f=o.forward: 2*f(x))
-    dict(other=lambda: setattr(g, 'fn', mlp(32).double()), none=lambda: setattr(g, 'fn', nn.Identity()), subclass=lambda: setattr(m.blocks[1], 'g', Doubled(32, copy.deepcopy(g.fn)).double()),
-         own=lambda: double(g), inner=lambda: double(g.fn.fc1), dropout=lambda: setattr(g.fn, 'drop1', nn.Tanh()), activation=lambda: setattr(g.fn, 'act', nn.GELU('tanh')),
-         hook=lambda: g.fn.fc1.register_forward_hook(lambda m,i,o: 2*o), weight_norm=lambda: nn.utils.parametrizations.weight_norm(g.fn.fc1), prune=lambda: prune.random_unstructured(g.fn.fc1, 'weight', .5),
-         frozen=lambda: g.fn.fc1.bias.requires_grad_(False), eps=lambda: setattr(g.norm, 'eps', .1), norm=lambda: setattr(g, 'norm', nn.LayerNorm(32, elementwise_affine=False)))[kind]()
+    dict(other=lambda: setattr(g, 'fn', mlp(32).double()), none=lambda: setattr(g, 'fn', nn.Identity()),
+         subclass=lambda: setattr(m.blocks[1], 'g', Doubled(32, copy.deepcopy(g.fn)).double()),
+         own=lambda: double(g), inner=lambda: double(g.fn.fc1), dropout=lambda: setattr(g.fn, 'drop1', nn.Tanh()),
+         activation=lambda: setattr(g.fn, 'act', nn.GELU('tanh')),
+         hook=lambda: g.fn.fc1.register_forward_hook(lambda m,i,o: 2*o),
+         weight_norm=lambda: nn.utils.parametrizations.weight_norm(g.fn.fc1),
+         prune=lambda: prune.random_unstructured(g.fn.fc1, 'weight', .5),
+         frozen=lambda: g.fn.fc1.bias.requires_grad_(False), eps=lambda: setattr(g.norm, 'eps', .1),
+         norm=lambda: setattr(g, 'norm', nn.LayerNorm(32, elementwise_affine=False)))[kind]()
     return m,xs
 
-@pytest.mark.parametrize('kind', 'other none subclass own inner dropout activation hook weight_norm prune frozen eps norm'.split())
+@pytest.mark.parametrize('kind', 'other none subclass own inner dropout activation hook weight_norm '
+                                 'prune frozen eps norm'.split())
 def test_surgery_on_a_rev_vit(kind):
     m,xs = changed_mlp(kind)
     check_grads(m, *xs)
 
 # --- other features of PyTorch
 
-@pytest.mark.parametrize('context', [torch.autograd.graph.save_on_cpu, lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy().copy(), torch.from_numpy)], ids=['save_on_cpu','hooks'])
+@pytest.mark.parametrize('context', [torch.autograd.graph.save_on_cpu,
+                                     lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy().copy(),
+                                         torch.from_numpy)], ids=['save_on_cpu','hooks'])
 @few
 def test_saved_tensor_hooks(make, context):
     m,xs = make()
@@ -312,7 +344,8 @@ class Both(nn.Module):
 @pytest.mark.parametrize('chunk', [2,None])
 @pytest.mark.parametrize('way', ['as it is','no leaf','hook'])
 def test_a_weight_in_a_function_of_ones_own(way, chunk):
-    "Both its gradients count; with a hook on it, which would run inside and out, it is refused, and so is what was made of a weight"
+    """Both its gradients count; with a hook on it, which would run inside and out, it is refused, and so is what was
+    made of a weight"""
     m = stack(2, 0., 0., chunk, lambda i: (Both(),mlp()))
     leaves = [p for p in m.parameters()]
     if way=='no leaf':
@@ -323,7 +356,9 @@ def test_a_weight_in_a_function_of_ones_own(way, chunk):
         return torch.autograd.grad(weighted_sum(m(*streams(4))), leaves, retain_graph=way=='no leaf')
     if way=='as it is': assert error(step(True), step(False)) < 1e-12
     else:
-        with pytest.raises(RuntimeError, match={'hook': 'f of block 0 gives a weight of shape .8,., on which there is a hook', 'no leaf': 'is neither its input nor its parameter'}[way]): step(True)
+        with pytest.raises(RuntimeError, match={'hook': 'f of block 0 gives a weight of shape .8,., on which there is '
+                                                        'a hook', 'no leaf': 'is neither its input nor its '
+                                                'parameter'}[way]): step(True)
 
 class Second(nn.Module):
     "A tail that reads the second stream alone"
@@ -332,8 +367,8 @@ class Second(nn.Module):
 
 @pytest.mark.parametrize('behind', [(), ('hook',), ('hook','own forward')], ids=' '.join)
 def test_an_error_backwards_takes_back_new_gradients_alone(behind):
-    """In the run where it happens: stored blocks behind it, for one reason or for two, keep theirs, and so does a weight
-    that had a gradient before, with what was added to it"""
+    """In the run where it happens: stored blocks behind it, for one reason or for two, keep theirs, and so does a
+    weight that had a gradient before, with what was added to it"""
     m = stack(3+len(behind), 0., 0., 2, lambda i: (nn.Linear(8, 8), nn.Linear(8, 8)))
     for b,why in zip(m[3:], behind):
         if why=='hook': b.register_forward_hook(lambda *a: None)
@@ -352,11 +387,13 @@ def test_an_error_backwards_takes_back_new_gradients_alone(behind):
 @pytest.mark.parametrize('chunk', [1,None])
 def test_a_half_without_a_gradient_is_not_differentiated(chunk):
     "What works in place on what its own gradient needs has none; plain PyTorch does not mind where nobody asks for it"
-    m = stack(1, 0., 0., chunk, lambda i: (nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.ReLU(inplace=True)),Fn(lambda m,x: m.w.expand(x.shape), w=(1,8))))
+    m = stack(1, 0., 0., chunk, lambda i: (nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.ReLU(inplace=True)),
+                                           Fn(lambda m,x: m.w.expand(x.shape), w=(1,8))))
     tail = Second().double()
     def step(on):
         m.set_reversible(on)
-        return torch.autograd.grad(weighted_sum(m(*streams(4), tail)), [*m.parameters(), *tail.parameters()], allow_unused=True)
+        return torch.autograd.grad(weighted_sum(m(*streams(4), tail)), [*m.parameters(), *tail.parameters()],
+                                   allow_unused=True)
     assert error(step(True), step(False)) < 1e-12
     assert step(True)[0] is None
 
@@ -372,10 +409,12 @@ class Ending(nn.Module):
 
 @pytest.mark.parametrize('on', [True,False])
 @pytest.mark.parametrize('chunk', [1,2,None])
-@pytest.mark.parametrize('half', [lambda: nn.Sequential(nn.Dropout(.3), nn.Linear(8, 8), nn.Dropout(.2)), Unknown], ids=['dropout','unknown'])
+@pytest.mark.parametrize('half', [lambda: nn.Sequential(nn.Dropout(.3), nn.Linear(8, 8), nn.Dropout(.2)), Unknown],
+                         ids=['dropout','unknown'])
 @pytest.mark.parametrize('rate', [0.,.3])
 def test_reentrant_checkpoint_draws_the_same(half, chunk, on, rate):
-    "Its forward pass runs without a graph and its repetition with one: what both draw is what one pass with a graph draws"
+    """Its forward pass runs without a graph and its repetition with one: what both draw is what one pass with a graph
+    draws"""
     torch.manual_seed(0)
     m,tail = stack(3, rate, 0., chunk, lambda i: (half(),mlp(p=.2))),Ending().double()
     m.set_reversible(on)
@@ -391,9 +430,11 @@ def test_reentrant_checkpoint_draws_the_same(half, chunk, on, rate):
     for reentrant in (False,True): assert error(step(partial(checkpoint, m, use_reentrant=reentrant)), want) < 1e-12
 
 @pytest.mark.filterwarnings('ignore:There is a performance drop')
-@pytest.mark.parametrize('make', [CASES['tail3'], CASES['vit4'], CASES['clip5'], CASES['image7']], ids=['tail3','vit4','clip5','image7'])
+@pytest.mark.parametrize('make', [CASES['tail3'], CASES['vit4'], CASES['clip5'], CASES['image7']],
+                         ids=['tail3','vit4','clip5','image7'])
 def test_torch_func(make):
-    "Under its transforms the plain mode answers; functional_call alone stays reversible, and keeps to the weights it was given"
+    """Under its transforms the plain mode answers; functional_call alone stays reversible, and keeps to the weights
+    it was given"""
     m,xs = make(rate=0)
     weights = {k:(v*1.1).detach().requires_grad_() for k,v in m.named_parameters()}
     def loss(ws): return weighted_sum(torch.func.functional_call(m, ws, xs))
@@ -426,7 +467,9 @@ def deterministic():
     try: yield
     finally: torch.use_deterministic_algorithms(False)
 
-@pytest.mark.parametrize('context', [deterministic, partial(default_dtype, torch.float64), partial(default_dtype, torch.bfloat16)], ids=['deterministic','float64','bfloat16'])
+@pytest.mark.parametrize('context', [deterministic, partial(default_dtype, torch.float64),
+                                     partial(default_dtype, torch.bfloat16)],
+                         ids=['deterministic','float64','bfloat16'])
 @few
 def test_global_settings(make, context):
     m,xs = make()
@@ -479,7 +522,8 @@ def test_autocast_switched_inside_f():
 @pytest.mark.parametrize('what', ['halves','whole'])
 @few
 def test_compile(make, what):
-    "Compiled F and G, or the whole model with a break at the engine (the compiler's front ends; no C++ compiler needed)"
+    """Compiled F and G, or the whole model with a break at the engine (the compiler's front ends; no C++ compiler
+    needed)"""
     m,xs = make()
     want = plain(m, lambda: grads(m, xs))
     torch._dynamo.reset()
@@ -501,7 +545,8 @@ def test_export(make, strict):
 
 # --- Rev-MViT as people use it
 
-multiscale = pytest.mark.parametrize('make', [CASES[k] for k in ('image6','image7','clip5','clip6')], ids=['image6','image7','clip5','clip6'])
+multiscale = pytest.mark.parametrize('make', [CASES[k] for k in ('image6','image7','clip5','clip6')],
+                                     ids=['image6','image7','clip5','clip6'])
 
 @multiscale
 def test_stages_in_different_modes_and_parts(make):
@@ -520,7 +565,9 @@ def test_what_is_trained_on_features(make):
     def through(fn):
         torch.manual_seed(0)
         return torch.autograd.grad(weighted_sum(fn(*xs)), needing(m), allow_unused=True)
-    for fn in (m.forward_features, m.forward_intermediates, lambda x: m.forward_intermediates(x, indices=[0], intermediates_only=True), lambda x: m.forward_head(m.forward_features(x), pre_logits=True)):
+    for fn in (m.forward_features, m.forward_intermediates,
+               lambda x: m.forward_intermediates(x, indices=[0], intermediates_only=True),
+               lambda x: m.forward_head(m.forward_features(x), pre_logits=True)):
         agrees(m, lambda: through(fn))
     for args in ((0,),(7,),(7,'')):
         m.reset_classifier(*args)
@@ -542,7 +589,8 @@ def test_replicas_of_data_parallel(make):
             r._former_parameters = {}
         return copies[m]
     want = plain(m, lambda: grads(m, xs))
-    with pytest.raises(RuntimeError, match=f'needs a gradient, but is neither.*{REMEDY}'): grads(m, xs) and torch.autograd.grad(weighted_sum(replica()(*xs)), needing(m))
+    with pytest.raises(RuntimeError, match=f'needs a gradient, but is neither.*{REMEDY}'):
+        grads(m, xs) and torch.autograd.grad(weighted_sum(replica()(*xs)), needing(m))
     assert error(plain(m, lambda: torch.autograd.grad(weighted_sum(replica()(*xs)), needing(m))), want) < 1e-12
 
 def test_one_stage_is_a_vision_transformer_with_pooled_keys():
@@ -566,7 +614,10 @@ def test_weights_and_statistics_after_surgery(make):
 
 class Adapted(nn.Module):
     "A frozen linear layer and a trainable correction of low rank"
-    def __init__(self, m): super().__init__(); self.m,self.down,self.up = m.requires_grad_(False),nn.Linear(m.in_features, 2, bias=False),nn.Linear(2, m.out_features)
+    def __init__(self, m):
+        super().__init__()
+        self.m,self.down,self.up = m.requires_grad_(False),nn.Linear(m.in_features, 2, bias=False),nn.Linear(2,
+            m.out_features)
     weight,bias = property(lambda self: self.m.weight),property(lambda self: self.m.bias)
     def forward(self, x): return self.m(x) + self.up(self.down(x))
 
@@ -575,8 +626,10 @@ def test_surgery_inside_pooling_attention(kind):
     "What an adapter, a hook or pruning does to queries, keys and values is felt"
     m,xs = CASES['clip5'](rate=0)
     before,a = m.eval()(*xs),m.stages[0][1].f.fn
-    dict(adapter=lambda: setattr(a, 'qkv', Adapted(a.qkv).double()), hook=lambda: a.qkv.register_forward_hook(lambda m,i,o: 2*o),
-         pool_hook=lambda: a.pool_v.conv.register_forward_hook(lambda m,i,o: o**2), prune=lambda: prune.random_unstructured(a.pool_v.conv, 'weight', .5))[kind]()
+    dict(adapter=lambda: setattr(a, 'qkv', Adapted(a.qkv).double()),
+         hook=lambda: a.qkv.register_forward_hook(lambda m,i,o: 2*o),
+         pool_hook=lambda: a.pool_v.conv.register_forward_hook(lambda m,i,o: o**2),
+         prune=lambda: prune.random_unstructured(a.pool_v.conv, 'weight', .5))[kind]()
     assert error([m(*xs)], [before]) > 1e-6
     check_grads(m.train(), *xs)
     if kind=='prune': loss_of(m, xs).backward(); check_grads(m, *xs)

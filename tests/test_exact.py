@@ -1,5 +1,6 @@
-"""The exact mode and the dial: the same bits as with stored activations, whatever the precision, the part size, the randomness and what is kept; and memory.
-The judge of bits is the plain mode on the same grid, `set_reversible(False, exact=True)`; of gradients, plain autograd in float64."""
+"""The exact mode and the dial: the same bits as with stored activations, whatever the precision, the part size, the
+randomness and what is kept; and memory. The judge of bits is the plain mode on the same grid, `set_reversible(False,
+exact=True)`; of gradients, plain autograd in float64."""
 import warnings
 from contextlib import nullcontext
 from functools import partial
@@ -102,7 +103,8 @@ def test_a_wrong_repetition_is_reported(make, half, amp):
     for s in sequences(m): s.chunk = None
     put(m, half, 1, Fickle(getattr(blocks_of(m)[1], half), .01))
     switch(m, True, exact=True)
-    with pytest.raises(RuntimeError, match=r'the backward pass through blocks? .*did not come back.*set_reversible\(False\)'): answers(m, xs, amp)
+    with pytest.raises(RuntimeError, match=r'the backward pass through blocks? .*did not come '
+                                           r'back.*set_reversible\(False\)'): answers(m, xs, amp)
 
 def test_streams_that_leave_the_grid_are_reported():
     m,xs = stack(3, dtype=torch.float32),[1e5*x for x in streams(dtype=torch.float32)]
@@ -154,10 +156,12 @@ def test_a_share_is_from_0_to_1(bad):
 @pytest.mark.parametrize('drop', [0.,.1])
 @pytest.mark.parametrize('exact', [False,True])
 def test_four_streams_at_the_peak(drop, exact):
-    "At any depth, with dropout too; in streams an image, whose generator states (5,056 bytes a part of a half) are left out"
+    """At any depth, with dropout too; in streams an image, whose generator states (5,056 bytes a part of a half) are
+    left out"""
     def peak(depth):
         torch.manual_seed(0)
-        m = RevViT(img_size=64, patch_size=8, embed_dim=64, num_heads=2, depth=depth, num_classes=2, proj_drop_rate=drop, chunk=8)
+        m = RevViT(img_size=64, patch_size=8, embed_dim=64, num_heads=2, depth=depth, num_classes=2,
+                   proj_drop_rate=drop, chunk=8)
         m.set_reversible(True, exact=exact)
         def measure(b):
             x = torch.randn(b, 3, 64, 64)
@@ -195,11 +199,14 @@ def test_a_sample_dropped_whole_is_no_alarm(exact):
 
 @pytest.mark.parametrize('frames', [1,4])
 def test_samples_dropped_whole_between_stages(frames):
-    "They begin a stage as zero, and every norm makes much of what rounding leaves of them: the exact mode is the default there (1 % of the gradient without it)"
+    """They begin a stage as zero, and every norm makes much of what rounding leaves of them: the exact mode is the
+    default there (1 % of the gradient without it)"""
     from revvit import RevMViT
     torch.manual_seed(0)
-    clips = dict(num_frames=frames, patch_kernel=(3,3,3), patch_stride=(2,2,2), pool_kernel=(3,3,3)) if frames>1 else dict(patch_kernel=(3,3), patch_stride=(2,2))
-    m = RevMViT(img_size=32, embed_dim=8, depth=12, stage_starts=(1,4), kv_stride=(1,2,2), num_classes=5, drop_path_rate=.6, shared_drop_path=True, drop_whole=True, **clips)
+    clips = dict(num_frames=frames, patch_kernel=(3,3,3), patch_stride=(2,2,2),
+                 pool_kernel=(3,3,3)) if frames>1 else dict(patch_kernel=(3,3), patch_stride=(2,2))
+    m = RevMViT(img_size=32, embed_dim=8, depth=12, stage_starts=(1,4), kv_stride=(1,2,2), num_classes=5,
+                drop_path_rate=.6, shared_drop_path=True, drop_whole=True, **clips)
     assert [o.from_zero for o in m.stages] == [False,True,True] and m.stages[1][:2].from_zero
     xs = (torch.randn(8, 3, 32, 32) if frames==1 else torch.randn(8, 3, frames, 32, 32),)
     got = grads(m, xs)

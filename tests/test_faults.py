@@ -1,4 +1,5 @@
-"Code that is wrong on purpose, and what the checks of `revvit.core.testing` say of it; more of it stands in their notebook"
+"""Code that is wrong on purpose, and what the checks of `revvit.core.testing` say of it; more of it stands in their
+notebook"""
 import random
 from types import SimpleNamespace
 

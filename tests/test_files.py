@@ -53,7 +53,8 @@ def test_a_file_that_holds_no_dictionary(tmp_path, content, what):
 
 def test_safetensors_alone_and_in_a_folder(tmp_path):
     "Whatever the dtype, the shape or the name; and what was read stays when the file is cut"
-    tensors = dict(a=torch.arange(3.), b=torch.zeros(0, 2), c=torch.tensor(1.5, dtype=torch.bfloat16), d=torch.ones(2, 2).bool())
+    tensors = dict(a=torch.arange(3.), b=torch.zeros(0, 2), c=torch.tensor(1.5, dtype=torch.bfloat16),
+                   d=torch.ones(2, 2).bool())
     (tmp_path/'model.safetensors').write_bytes(safetensors.torch.save(tensors))
     assert weights_file(tmp_path)==tmp_path/'model.safetensors' and weights_file(tmp_path/'x.pth')==tmp_path/'x.pth'
     got = read_checkpoint(tmp_path)
@@ -70,7 +71,8 @@ def test_write_file(tmp_path, data):
     assert path.read_bytes()==(data if isinstance(data, bytes) else data.encode())
     assert [o.name for o in tmp_path.iterdir()]==['a.txt']
 
-@pytest.mark.parametrize('error', [KeyboardInterrupt, ValueError, SystemExit, OSError(28, 'No space left on device')], ids=repr)
+@pytest.mark.parametrize('error', [KeyboardInterrupt, ValueError, SystemExit, OSError(28, 'No space left on device')],
+                         ids=repr)
 def test_an_error_in_between_leaves_the_file_that_was_there(tmp_path, error):
     path = tmp_path/'a.txt'
     path.write_text('old')
@@ -94,7 +96,8 @@ def test_leftovers_of_dead_processes_go_and_of_living_ones_stay(tmp_path):
     dead = subprocess.Popen(['true'])
     dead.wait()
     mine,stale,other = (tmp_path/f'.a.pth.{platform.node()}-{o}.tmp' for o in (os.getpid(), dead.pid, 1))
-    elsewhere,unlike = tmp_path/f'.a.pth.another-host-{dead.pid}.tmp',tmp_path/f'.b.pth.{platform.node()}-{dead.pid}.tmp'
+    elsewhere,unlike = (tmp_path/f'.a.pth.another-host-{dead.pid}.tmp',
+                        tmp_path/f'.b.pth.{platform.node()}-{dead.pid}.tmp')
     for o in (mine, stale, other, elsewhere, unlike): o.touch()
     assert _temporary(tmp_path/'a.pth')==mine
     assert [o.exists() for o in (mine, stale, other, elsewhere, unlike)]==[True, False, True, True, True]
@@ -110,14 +113,16 @@ def test_bytes_reach_the_disk_before_they_take_the_name(tmp_path, monkeypatch):
 def test_every_writer_of_the_package_is_this_one():
     "No other module renames a file into its place; the moving digits move a whole folder, once"
     root = Path(__file__).resolve().parent.parent/'revvit'
-    others = [p.relative_to(root).as_posix() for p in root.rglob('*.py') if 'os.replace(' in p.read_text(encoding='utf8')]
+    others = [p.relative_to(root).as_posix() for p in root.rglob('*.py')
+              if 'os.replace(' in p.read_text(encoding='utf8')]
     assert set(others)<={'models/files.py', 'data/clips.py', 'data/moving_digits.py'}
 
 def test_flags_that_timm_leaves_in_a_file(tmp_path):
     "`train.py` saves its argparse.Namespace: read as the values it is, and with no way past the bound on sizes"
     from argparse import Namespace
     weights = {'head.weight': torch.ones(2, 3)}
-    torch.save(dict(epoch=3, arch='revvit_tiny_patch16_224', state_dict=weights, version=2, args=Namespace(lr=.1, model='a'), metric=.5), tmp_path/'m.pth.tar')
+    torch.save(dict(epoch=3, arch='revvit_tiny_patch16_224', state_dict=weights, version=2,
+                    args=Namespace(lr=.1, model='a'), metric=.5), tmp_path/'m.pth.tar')
     content = read_checkpoint(tmp_path/'m.pth.tar')
     assert content['args'].lr==.1 and torch.equal(content['state_dict']['head.weight'], weights['head.weight'])
     torch.save(dict(state_dict=weights, args=Namespace(x=torch.zeros(1).expand(10**7))), tmp_path/'big.pth')

@@ -1,4 +1,5 @@
-"Some hundred of the fuzzer's cases (`fuzz.py`; `tools/fuzz.py` runs as many as one likes), and that it would see a fault"
+"""Some hundred of the fuzzer's cases (`fuzz.py`; `tools/fuzz.py` runs as many as one likes), and that it would see a
+fault"""
 import warnings
 
 import pytest, torch
@@ -19,8 +20,10 @@ def test_no_case_is_wrong_without_a_word(part):
 def test_a_case_is_the_same_each_time():
     for i in range(12):
         a,b = (fuzz.build(1, i, False, Book())[0] for _ in range(2))
-        assert a.words==b.words and all(map(torch.equal, a.xs, b.xs)) and all(map(torch.equal, a.model.parameters(), b.model.parameters()))
-        assert [k for k,_ in a.model.named_parameters()]==[k for k,_ in fuzz.build(1, i, True, Book())[0].model.named_parameters()]
+        assert a.words==b.words and all(map(torch.equal, a.xs, b.xs))
+        assert all(map(torch.equal, a.model.parameters(), b.model.parameters()))
+        assert ([k for k,_ in a.model.named_parameters()]==[k for k,_ in fuzz.build(1, i, True,
+            Book())[0].model.named_parameters()])
 
 def broken(kind, old):
     "A sequence that is wrong in a way that only gradients, or only None, or only outputs show"

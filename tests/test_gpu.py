@@ -1,5 +1,6 @@
-"""What only a GPU can show, and what the rest of the suite promises for a CPU, asked there: `REVVIT_DEVICE=cuda pytest tests/test_gpu.py`.
-Every line runs on a CPU as well (`REVVIT_DEVICE=cpu`), so that a machine with a GPU finds them in order; without that variable they wait."""
+"""What only a GPU can show, and what the rest of the suite promises for a CPU, asked there: `REVVIT_DEVICE=cuda pytest
+tests/test_gpu.py`. Every line runs on a CPU as well (`REVVIT_DEVICE=cpu`), so that a machine with a GPU finds them in
+order; without that variable they wait."""
 import os, subprocess, sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,7 +41,8 @@ def _healthy(recwarn):
 def rebuilt(m, xs, amp, seed=0):
     "What F and G of the first block read in the forward pass, and what when they are repeated"
     seen,b = {'f':[],'g':[]},blocks_of(m)[0]
-    hooks = [getattr(b, n).register_forward_pre_hook(lambda _,args,n=n: seen[n].append(args[0].detach().clone())) for n in seen]
+    hooks = [getattr(b, n).register_forward_pre_hook(lambda _,args,n=n: seen[n].append(args[0].detach().clone()))
+             for n in seen]
     with autocast(amp): loss = loss_of(m, xs, seed)
     loss.backward()
     for h in hooks: h.remove()
@@ -61,7 +63,8 @@ def test_rebuilt_streams_have_the_same_bits(make, amp):
 @amps
 @both
 def test_gradients(make, amp):
-    "Those of ordinary autograd on the same device, with dropout and drop path; the rest is the order in which a kernel adds"
+    """Those of ordinary autograd on the same device, with dropout and drop path; the rest is the order in which a
+    kernel adds"""
     m,xs = make(dtype=torch.float32)
     def run():
         with autocast(amp): loss = loss_of(m, xs)
@@ -171,7 +174,8 @@ def test_ddp(make):
 @pytest.mark.parametrize('amp', ['auto','bf16','fp16','off'] if CUDA else ['auto','off'])
 def test_learner(amp, tmp_path):
     "An epoch of training with mixup and a moving average ends with a checkpoint and a finite loss"
-    r = replace(recipes['digits'], epochs=1, batch_size=256, warmup_epochs=0., mixup=.8, average=.9, model_args=dict(patch_size=4, embed_dim=32, num_heads=2, depth=2, drop_path_rate=.2))
+    r = replace(recipes['digits'], epochs=1, batch_size=256, warmup_epochs=0., mixup=.8, average=.9,
+                model_args=dict(patch_size=4, embed_dim=32, num_heads=2, depth=2, drop_path_rate=.2))
     learn = learner(digits_dls(bs=256, device=pick_device(str(DEVICE))), r, out=tmp_path, amp=amp)
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert 0 < float(learn.recorder.losses[-1]) < 10 and (tmp_path/'checkpoint.pth').exists()
@@ -188,18 +192,21 @@ class Watch(Callback):
 @pytest.mark.parametrize('amp', ['bf16','off'] if CUDA else ['off'])
 @pytest.mark.parametrize('workers', [0,2])
 def test_learner_waits_for_nothing(workers, amp):
-    r = replace(recipes['digits'], epochs=1, batch_size=128, warmup_epochs=0., mixup=.8, average=.9, model_args=dict(patch_size=4, embed_dim=32, num_heads=2, depth=2, drop_path_rate=.2))
+    r = replace(recipes['digits'], epochs=1, batch_size=128, warmup_epochs=0., mixup=.8, average=.9,
+                model_args=dict(patch_size=4, embed_dim=32, num_heads=2, depth=2, drop_path_rate=.2))
     learn = learner(digits_dls(bs=128, workers=workers, device=pick_device(str(DEVICE))), r, amp=amp)
     try:
         with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Watch())
     finally:
         if CUDA: torch.cuda.set_sync_debug_mode('default')
-    assert learn.stop_on_non_finite.late==CUDA and len(learn.recorder.losses)==11 and all(torch.isfinite(o) for o in learn.recorder.losses)
+    assert learn.stop_on_non_finite.late==CUDA and len(learn.recorder.losses)==11
+    assert all(torch.isfinite(o) for o in learn.recorder.losses)
 
 @there
 def test_learner_stops():
     "The device leaves out a bad step, and the host hears of it"
-    r = replace(recipes['digits'], epochs=1, batch_size=128, warmup_epochs=0., model_args=dict(patch_size=4, embed_dim=32, num_heads=2, depth=2))
+    r = replace(recipes['digits'], epochs=1, batch_size=128, warmup_epochs=0.,
+                model_args=dict(patch_size=4, embed_dim=32, num_heads=2, depth=2))
     learn = learner(digits_dls(bs=128, device=pick_device(str(DEVICE))), r, amp='off')
     class Spoil(Callback):
         order,run_valid = -5,False
@@ -207,7 +214,8 @@ def test_learner_stops():
             if self.train_iter!=3: return
             self.before = [p.detach().clone() for p in self.model.parameters()]
             self.learn.xb = (self.xb[0].clone().index_fill_(0, torch.tensor([7], device=DEVICE), float('nan')),)
-    with learn.no_bar(), learn.no_logging(), pytest.raises(NonFiniteError, match=r'step 4 \(epoch 1\): input 0 \(items 7 of the batch\)'): learn.fit(1, cbs=(spoil := Spoil()))
+    with learn.no_bar(), learn.no_logging(), pytest.raises(NonFiniteError, match=r'step 4 \(epoch 1\): input 0 \(items '
+        r'7 of the batch\)'): learn.fit(1, cbs=(spoil := Spoil()))
     assert same(list(learn.model.parameters()), spoil.before)
 
 def test_these_tests_run():

@@ -23,7 +23,8 @@ name = lambda p: p.relative_to(root).as_posix()
 
 def cells(path, kind):
     "Source and outputs of the cells of one kind"
-    return [(''.join(c['source']), c.get('outputs', [])) for c in json.loads(path.read_text(encoding='utf8'))['cells'] if c['cell_type'] == kind]
+    return [(''.join(c['source']), c.get('outputs', []))
+            for c in json.loads(path.read_text(encoding='utf8'))['cells'] if c['cell_type'] == kind]
 
 def test_version(): assert revvit.__version__ == settings['version']
 
@@ -45,7 +46,8 @@ def test_generated_files_agree(tool):
     run = subprocess.run([sys.executable, *tool], cwd=root/'tools', capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
-@pytest.mark.parametrize('command', ['pip install . && revvit_train', "pip install -e '.[dev]' && nbdev_test && pytest"])
+@pytest.mark.parametrize('command', ['pip install . && revvit_train', "pip install -e '.[dev]' "
+                                     "&& nbdev_test && " "pytest"])
 def test_readme_has_the_two_commands(command): assert command in (root/'README.md').read_text(encoding='utf8')
 
 def source_of_tests(command):
@@ -64,7 +66,8 @@ def test_every_flag_is_tried(command):
     "Each flag of --help stands in a test of its command"
     from revvit.use import cli
     from revvit.use.command import flags_parser
-    flags = [o for a in flags_parser(getattr(cli, command).__wrapped__)._actions for o in a.option_strings if o.startswith('--')]
+    flags = [o for a in flags_parser(getattr(cli, command).__wrapped__)._actions for o in a.option_strings
+             if o.startswith('--')]
     text = source_of_tests(command)
     assert len(flags) > 5 and not [o for o in flags if not re.search(rf'(?<![\w-]){o}(?![\w-])', text)]
 
@@ -72,7 +75,8 @@ def test_every_flag_is_tried(command):
 def test_number_and_module(path):
     "Notebook NN_name makes revvit/name.py, and no other notebook has its number or its module"
     number,module = path.name.split('_')[0],dotted(path, root/'nbs')
-    assert order.count(module) == 1 and sum(o.name.startswith(number+'_') for o in numbered if o.parent == path.parent) == 1
+    assert order.count(module) == 1
+    assert sum(o.name.startswith(number+'_') for o in numbered if o.parent == path.parent) == 1
     assert f'#| default_exp {module}' in [src.strip() for src,_ in cells(path, 'code')]
     assert (root/'revvit'/f"{module.replace('.', '/')}.py").exists()
 
@@ -83,7 +87,8 @@ def test_imports_only_lower_numbers(path):
     here = path.relative_to(root).parts
     used = []
     for o in ast.walk(tree): # those inside functions too
-        if isinstance(o, ast.Import): used += [a.name.removeprefix('revvit.') for a in o.names if a.name.startswith('revvit.')]
+        if isinstance(o, ast.Import):
+            used += [a.name.removeprefix('revvit.') for a in o.names if a.name.startswith('revvit.')]
         if not isinstance(o, ast.ImportFrom): continue
         path_of = '.'.join([*here[1:len(here)-o.level], *([o.module] if o.module else [])]) if o.level else o.module
         if not o.level and path_of.split('.')[0] != 'revvit': continue
@@ -106,14 +111,17 @@ def test_notebook_as_read_on_the_web(path):
 
 @pytest.mark.parametrize('path', numbered, ids=name)
 def test_exported_cells_are_short(path):
-    long = [src.splitlines()[1] for src,_ in cells(path, 'code') if re.match(r'#\|\s*export', src) and sum(bool(l.strip()) for l in src.splitlines()) > 41]
+    long = [src.splitlines()[1] for src,_ in cells(path, 'code') if re.match(r'#\|\s*export', src)
+            and sum(bool(l.strip()) for l in src.splitlines()) > 41]
     assert not long, f'more than 40 lines: {long}'
 
 def test_site_can_be_prepared(tmp_path):
-    "For the site nbdev runs the exported cells and every cell with an import, nothing else: such a cell has to work without the others"
+    """For the site nbdev runs the exported cells and every cell with an import, nothing else: such a cell has to work
+    without the others"""
     shutil.copytree(root/'nbs', tmp_path/'nbs')
     shutil.copy(root/'settings.ini', tmp_path)
-    run = subprocess.run([sys.executable, '-c', 'from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)'], cwd=tmp_path,
+    run = subprocess.run([sys.executable, '-c', 'from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)'],
+                         cwd=tmp_path,
                          env={**os.environ, 'PYTHONPATH': str(root)}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
 
@@ -123,6 +131,11 @@ def test_private_names_stay_at_home(path):
     ours = [o for o in ast.walk(ast.parse(path.read_text(encoding='utf8'))) if isinstance(o, ast.ImportFrom)
             and (o.level or (o.module or '').split('.')[0] == 'revvit')]
     assert not [a.name for o in ours for a in o.names if a.name.startswith('_')]
+
+@pytest.mark.parametrize('path', sorted((root/'tests').glob('*.py')), ids=lambda o: o.stem)
+def test_a_line_of_the_tests_has_120_characters(path):
+    "As one of the notebooks"
+    assert not [l for l in path.read_text(encoding='utf8').splitlines() if len(l) > 120]
 
 def exported(path): return [src for src,_ in cells(path, 'code') if re.match(r'#\|\s*export', src)]
 
@@ -146,7 +159,8 @@ def test_links_lead_somewhere(path):
 @pytest.mark.parametrize('path', notebooks, ids=name)
 def test_a_refusal_is_known_by_its_words(path):
     "`test_fail` alone would be content with any accident"
-    calls = [o for src,_ in cells(path, 'code') if 'test_fail(' in src for o in ast.walk(ast.parse(re.sub(r'^[!%].*$', '', src, flags=re.M)))
+    calls = [o for src,_ in cells(path, 'code') if 'test_fail(' in src
+             for o in ast.walk(ast.parse(re.sub(r'^[!%].*$', '', src, flags=re.M)))
              if isinstance(o, ast.Call) and getattr(o.func, 'id', '') == 'test_fail']
     assert all({'contains','exc'} & {k.arg for k in o.keywords} for o in calls)
 
@@ -156,5 +170,6 @@ def test_cases_have_one_order(path):
     asked = [o for o in ast.walk(ast.parse(path.read_text(encoding='utf8')))
         if isinstance(o, ast.Call) and isinstance(o.func, ast.Attribute) and o.func.attr == 'parametrize']
     sets = [o.lineno for call in asked for o in ast.walk(call)
-        if isinstance(o, (ast.Set, ast.SetComp)) or isinstance(o, ast.Call) and getattr(o.func, 'id', '') in ('set','frozenset')]
+        if isinstance(o, (ast.Set, ast.SetComp)) or isinstance(o, ast.Call)
+        and getattr(o.func, 'id', '') in ('set','frozenset')]
     assert not sets

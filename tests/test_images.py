@@ -1,5 +1,7 @@
-"What a notebook cannot show about images: JPEGs of many kinds through the whole loader, processes that die, and resuming, with 0, 1 and 2 workers"
-import copy as copying, gc, hashlib, io, json, multiprocessing, os, pickle, random, re, shutil, signal, subprocess, sys, time, unicodedata, warnings
+"""What a notebook cannot show about images: JPEGs of many kinds through the whole loader, processes that die, and
+resuming, with 0, 1 and 2 workers"""
+import copy as copying, gc, hashlib, io, json, multiprocessing, os, pickle, random, re, shutil, signal
+import subprocess, sys, time, unicodedata, warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +22,22 @@ pytestmark = pytest.mark.filterwarnings('ignore')
 def picture(k, size=(90,60)):
     "A smooth coloured picture, another for each `k`"
     y,x = np.mgrid[:size[1],:size[0]]
-    return Image.fromarray(np.stack([127+120*np.sin(x/(9+k)+y/11), 127+120*np.cos(y/(5+k)), np.full_like(x, 20*k%250, float)], -1).astype(np.uint8))
+    return Image.fromarray(np.stack([127+120*np.sin(x/(9+k)+y/11), 127+120*np.cos(y/(5+k)),
+                                     np.full_like(x, 20*k%250, float)], -1).astype(np.uint8))
 
 def save_kind(path, kind, k):
     "One file of a kind that people have"
     im,exif = picture(k, (50+7*k, 80-5*k)),Image.Exif()
     exif[274] = 6
-    if kind == 'I;16': return Image.fromarray((np.asarray(im.convert('L'))*257.).astype(np.uint16)).save(path.with_suffix('.png'))
-    if kind in ('P','RGBA','LA','1'): return (im.quantize(16) if kind == 'P' else im.convert(kind)).save(path.with_suffix('.png'))
+    if kind == 'I;16':
+        return Image.fromarray((np.asarray(im.convert('L'))*257.).astype(np.uint16)).save(path.with_suffix('.png'))
+    if kind in ('P','RGBA','LA','1'):
+        return (im.quantize(16) if kind == 'P' else im.convert(kind)).save(path.with_suffix('.png'))
     if kind == 'webp': return im.save(path.with_suffix('.webp'))
-    options = dict(progressive=dict(progressive=True), turned=dict(exif=exif), subsampled=dict(subsampling=2), low=dict(quality=5))
-    im.convert(kind if kind in ('L','CMYK') else 'RGB').save(path.with_suffix('.JPEG'), quality=options.get(kind, {}).pop('quality', 92), **options.get(kind, {}))
+    options = dict(progressive=dict(progressive=True), turned=dict(exif=exif), subsampled=dict(subsampling=2),
+                   low=dict(quality=5))
+    im.convert(kind if kind in ('L','CMYK') else 'RGB').save(path.with_suffix('.JPEG'),
+        quality=options.get(kind, {}).pop('quality', 92), **options.get(kind, {}))
 
 kinds = ['RGB','L','CMYK','progressive','turned','subsampled','low','I;16','P','RGBA','LA','1','webp']
 
@@ -48,11 +55,13 @@ def folder(tmp_path_factory):
 def copy(folder, tmp_path): return Path(shutil.copytree(folder, tmp_path/'copy'))
 
 def plain(dl): return [tuple(o.as_subclass(torch.Tensor) for o in b) for b in dl]
-def loaders(path, workers=0, bs=4, seed=1, **kw): return image_dls(path, cfg, bs=bs, workers=workers, seed=seed, device='cpu', **kw)
+def loaders(path, workers=0, bs=4, seed=1, **kw):
+    return image_dls(path, cfg, bs=bs, workers=workers, seed=seed, device='cpu', **kw)
 
 @pytest.mark.parametrize('workers', [0,1,2])
 def test_R35_every_kind_of_file_trains(folder, workers):
-    "R35: grey, CMYK, palette, 16-bit, transparent, turned, progressive: each becomes a finite (3, 32, 32) with its folder's label"
+    """R35: grey, CMYK, palette, 16-bit, transparent, turned, progressive: each becomes a finite (3, 32, 32) with its
+    folder's label"""
     dls = loaders(folder, workers, aug=full)
     x,y = map(torch.cat, zip(*plain(dls.train)))
     assert x.shape == (24,3,32,32) and x.isfinite().all() and set(y.tolist()) == {0,1}
@@ -69,7 +78,8 @@ def test_R35_the_same_picture_in_every_kind(tmp_path):
         got = open_image(f, 1)
         if kind == 'turned': got = got.rotate(90, expand=True)   # orientation 6 turns clockwise; back
         err = np.asarray(got).astype(float)-ref
-        assert abs(err.mean()) < 10 if kind == '1' else np.abs(err).mean() < (25 if kind in ('low','P') else 4), kind   # one bit a pixel keeps the mean only
+        # one bit a pixel keeps the mean only
+        assert abs(err.mean()) < 10 if kind == '1' else np.abs(err).mean() < (25 if kind in ('low','P') else 4), kind
         f.unlink()
 
 row = np.array([[0,128,255]], np.uint8)
@@ -88,8 +98,10 @@ def clear_palette():
     im.info['transparency'] = 2
     return im
 
-exact = {'L.png': grey, 'L.bmp': grey, 'RGB.tiff': grey.convert('RGB'), 'P.gif': grey.convert('RGB').quantize(3), 'tRNS.png': clear_palette(),
-         'RGBA.webp': clear(), 'RGBA.png': clear(), 'LA.png': clear().convert('LA'), 'CMYK.tiff': grey.convert('RGB').convert('CMYK'),
+exact = {'L.png': grey, 'L.bmp': grey, 'RGB.tiff': grey.convert('RGB'), 'P.gif': grey.convert('RGB').quantize(3),
+         'tRNS.png': clear_palette(),
+         'RGBA.webp': clear(), 'RGBA.png': clear(), 'LA.png': clear().convert('LA'),
+         'CMYK.tiff': grey.convert('RGB').convert('CMYK'),
          'YCbCr.tiff': grey.convert('RGB').convert('YCbCr'), '16.png': Image.fromarray((row*257.).astype(np.uint16))}
 
 @pytest.mark.parametrize('name', exact)
@@ -129,7 +141,8 @@ def test_R35_no_image(tmp_path, name, data, said):
 @pytest.mark.parametrize('mode,kind', [('F',np.float32), ('I',np.int32)])
 def test_R35_no_agreed_white(tmp_path, mode, kind):
     Image.fromarray(row.astype(kind)).save(tmp_path/'a.tiff')
-    with pytest.raises(UnreadableFile, match=rf'a.tiff: the image cannot be read: 32-bit pixels \(mode {mode}\) have no agreed white'):
+    with pytest.raises(UnreadableFile, match=rf'a.tiff: the image cannot be read: 32-bit pixels \(mode {mode}\) have '
+                                             rf'no agreed white'):
         open_image(tmp_path/'a.tiff')
 
 def test_R35_not_a_file(tmp_path):
@@ -190,7 +203,8 @@ def test_colour_jitter_is_where_rand_augment_is_not():
     assert 'ColorJitter' not in str(train_tfm(cfg, **full))
 
 def test_shares_of_boxes_and_mirrors():
-    "Of 400 grey pictures a quarter has a box, no larger than a third; of 400 with a bright left half, half are mirrored"
+    """Of 400 grey pictures a quarter has a box, no larger than a third; of 400 with a bright left half, half are
+    mirrored"""
     mean = Image.new('RGB', (40,40), (124,116,104))
     half = Image.fromarray(np.repeat([[255]*20+[0]*20], 40, 0).astype(np.uint8)).convert('RGB')
     tiny = {**cfg, 'input_size': (3,16,16)}
@@ -208,7 +222,8 @@ def test_shares_of_boxes_and_mirrors():
 
 def damage(path, how):
     data = path.read_bytes()
-    path.write_bytes(dict(truncated=data[:len(data)//2], zero=b'', html=b'<!doctype html>', header=b'\xff'*20+data[20:])[how])
+    path.write_bytes(dict(truncated=data[:len(data)//2], zero=b'', html=b'<!doctype html>',
+                          header=b'\xff'*20+data[20:])[how])
 
 @pytest.mark.parametrize('workers', [0,2])
 @pytest.mark.parametrize('how', ['truncated','html','header'])
@@ -223,7 +238,9 @@ def test_R35_raise_names_the_file(copy, how, workers):
 @pytest.mark.parametrize('workers', [0,1,2])
 def test_R35_skip_counts_and_keeps_labels(copy, workers):
     "R35: skipped files are counted, in training and validation; no label is another picture's"
-    def top_left(im): return torch.tensor([im.size[0]*1000+im.size[1], *np.asarray(im)[0,0], *np.asarray(im)[-1,-1]]).float()[:,None,None]
+    def top_left(im):
+        return torch.tensor([im.size[0]*1000+im.size[1], *np.asarray(im)[0,0],
+                             *np.asarray(im)[-1,-1]]).float()[:,None,None]
     files = image_files(copy)[0]
     known = {tuple(top_left(open_image(p)).flatten().tolist()): p for p in files}
     for part in ('train','val'):
@@ -234,7 +251,8 @@ def test_R35_skip_counts_and_keeps_labels(copy, workers):
     assert all(('n01440764' in p) == (y == 0) for p,y in seen)
     assert len(epoch) == 5 and len({p for p,_ in seen}) == len(seen)
     left_out = set(dls.train.bad_items())
-    assert left_out <= {str(copy/'train'/'n01440764'/o) for o in ('00 RGB.JPEG','05 subsampled.JPEG')} and len(seen)+len(left_out) == 25
+    assert left_out <= {str(copy/'train'/'n01440764'/o) for o in ('00 RGB.JPEG','05 subsampled.JPEG')}
+    assert len(seen)+len(left_out) == 25
     assert sum(len(y) for _,y in dls.valid) == 24 and len(dls.valid.bad_items()) == 2
 
 @pytest.mark.parametrize('workers', [0,2])
@@ -255,7 +273,8 @@ class Custom(Exception): pass
 def test_R37_own_exceptions_arrive(folder, kind, workers):
     "R37: an exception in a user's transform has its own type and the file's path, whatever the policy for torn files"
     def tfm(im): raise kind('mine')
-    with pytest.raises(kind, match=r'(JPEG|png|webp): mine') as e: plain(loaders(folder, workers, tfm=tfm, on_bad='skip').train)
+    with pytest.raises(kind, match=r'(JPEG|png|webp): mine') as e:
+        plain(loaders(folder, workers, tfm=tfm, on_bad='skip').train)
     assert type(e.value) is kind and str(folder) in str(e.value)
 
 def test_shown_pictures_have_their_colours_back(folder):
@@ -268,7 +287,9 @@ def test_shown_pictures_have_their_colours_back(folder):
 def in_memory(path, kind):
     "A file as people have it in memory"
     im = open_image(path)
-    return {'str': str(path), 'Path': Path(path), 'PIL': im, 'array': np.asarray(im), 'tensor': torch.from_numpy(np.asarray(im).transpose(2,0,1).copy()), 'prepared': ImageTransform(cfg)(path)}[kind]
+    return {'str': str(path), 'Path': Path(path), 'PIL': im, 'array': np.asarray(im),
+            'tensor': torch.from_numpy(np.asarray(im).transpose(2,0,1).copy()),
+            'prepared': ImageTransform(cfg)(path)}[kind]
 
 @pytest.mark.parametrize('workers', [0,2])
 @pytest.mark.parametrize('kind', ['str','Path','PIL','array','tensor','prepared','all of them'])
@@ -276,15 +297,21 @@ def test_what_a_learner_may_be_asked(folder, kind, workers):
     "`test_dl` of paths, PIL images, arrays and tensors, also mixed, in any order: the tensor of the file"
     dls,files = loaders(folder, workers, aug=full),[*image_files(folder)[1]]
     each = ['PIL','str','prepared','array','Path','tensor']
-    x, = map(torch.cat, zip(*plain(dls.test_dl([in_memory(f, each[i%6] if kind == 'all of them' else kind) for i,f in enumerate(files)]))))
+    x, = (map(torch.cat,
+              zip(*plain(dls.test_dl([in_memory(f, each[i%6] if kind == 'all of them' else kind) for i,
+                                      f in enumerate(files)])))))
     assert torch.equal(x, torch.stack([ImageTransform(cfg)(f) for f in files]))
 
-@pytest.mark.parametrize('item,said', [(np.zeros((4,5)), 'expected an image as 8-bit array'), (np.zeros((3,4,5,3), np.uint8), 'several go in a list'), ('gone.png', 'gone.png: no such image file')], ids=['floats','stack','gone'])
+@pytest.mark.parametrize('item,said', [(np.zeros((4,5)), 'expected an image as 8-bit array'),
+                                       (np.zeros((3,4,5,3), np.uint8), 'several go in a list'),
+                                       ('gone.png', 'gone.png: no such image file')], ids=['floats','stack','gone'])
 def test_what_a_learner_cannot_be_asked(folder, item, said):
     with pytest.raises((ValueError, FileNotFoundError), match=said): loaders(folder).test_dl([item]).one_batch()
 
-@pytest.mark.parametrize('kw,said', [(dict(bs=27), '^26 training files are too few for a batch of 27: batch_size=26 or less would work'),
-    (dict(bs=14, world=2), 'too few for each of 2 processes to have 14: batch_size=26 or less'), (dict(aug=full, tfm=len), 'give one of the two'),
+@pytest.mark.parametrize('kw,said', [(dict(bs=27), '^26 training files are too few for a batch of 27: batch_size=26 or '
+                                                   'less would work'),
+    (dict(bs=14, world=2), 'too few for each of 2 processes to have 14: batch_size=26 or less'),
+    (dict(aug=full, tfm=len), 'give one of the two'),
     (dict(on_bad='hide'), "on_bad must be 'raise' or 'skip'"), (dict(valid='valid'), 'valid: no such folder')])
 def test_R38_settings_that_cannot_work(folder, kw, said):
     with pytest.raises((ValueError, FileNotFoundError), match=said): loaders(folder, **kw)
@@ -298,7 +325,8 @@ def refused(path, **kw):
 def test_R38_found_before_the_first_epoch(copy):
     "R38: each fault of a folder is one sentence that begins with its path"
     (copy/'val'/'new').mkdir(); assert refused(copy).startswith("val: the class 'new' is not in 'train'")
-    (copy/'train'/'new').mkdir(); assert refused(copy).startswith("train: no images for the class 'new' (files that end in .jpg")
+    (copy/'train'/'new').mkdir()
+    assert refused(copy).startswith("train: no images for the class 'new' (files that end in .jpg")
     picture(1).save(copy/'train'/'new'/'a.jpg'); assert refused(copy).startswith("val: no images for the class 'new'")
     (copy/'val'/'new').rmdir(); assert refused(copy).startswith("val: no folder for the class 'new' of 'train'")
     shutil.rmtree(copy/'train'/'new')
@@ -306,12 +334,16 @@ def test_R38_found_before_the_first_epoch(copy):
     (copy/'train'/'N01440764').rmdir()
     (copy/'val'/'.hidden').mkdir(); loaders(copy)
     twin = copy/'val'/'n01440764'/'twin.jpg'
-    os.link(copy/'train'/'n01440764'/'00 RGB.JPEG', twin); assert 'are one and the same file, in training and held out' in refused(copy)
-    twin.unlink(); twin.symlink_to(copy/'gone.jpg'); assert refused(copy) == f'val/n01440764/twin.jpg: no such image file'
-    twin.unlink(); twin.write_bytes(b''); assert refused(copy) == f'val/n01440764/twin.jpg: the image file is empty (0 bytes)'
+    os.link(copy/'train'/'n01440764'/'00 RGB.JPEG', twin)
+    assert 'are one and the same file, in training and held out' in refused(copy)
+    twin.unlink()
+    twin.symlink_to(copy/'gone.jpg'); assert refused(copy) == f'val/n01440764/twin.jpg: no such image file'
+    twin.unlink()
+    twin.write_bytes(b''); assert refused(copy) == f'val/n01440764/twin.jpg: the image file is empty (0 bytes)'
     assert len(loaders(copy, on_bad='skip').valid_ds) == 26
     shutil.rmtree(copy/'val'); assert refused(copy) == 'val: no such folder'
-    shutil.rmtree(copy/'train'); (copy/'train').mkdir(); assert refused(copy) == 'train: holds no folders, one for each class is needed'
+    shutil.rmtree(copy/'train')
+    (copy/'train').mkdir(); assert refused(copy) == 'train: holds no folders, one for each class is needed'
 
 def warned(call):
     "The answer, and what was warned"
@@ -325,19 +357,23 @@ def test_R38_links_within_a_part_are_counted(copy, link):
     first = copy/'train'/'n01440764'/'00 RGB.JPEG'
     for i in range(3): link(first, first.with_name(f'again {i}.jpg'))
     dls,said = warned(lambda: loaders(copy))
-    assert len(dls.train_ds) == 29 and len(said) == 1 and said[0].endswith('are one and the same file (and 2 more such files)')
+    assert len(dls.train_ds) == 29 and len(said) == 1
+    assert said[0].endswith('are one and the same file (and 2 more such files)')
 
 @pytest.mark.parametrize('how', ['folder','symlink','hard link'])
 def test_R38_links_between_the_parts_are_refused_or_allowed(copy, how):
-    "A held-out image that is trained on too is an error, or a warning if asked for; also where `val` is a link to `train`"
+    """A held-out image that is trained on too is an error, or a warning if asked for; also where `val` is a link to
+    `train`"""
     held,n = copy/'val'/'n01440764',1
     if how == 'folder':
         shutil.rmtree(copy/'val'); (copy/'val').symlink_to(copy/'train'); n = 26
     else: (os.symlink if how == 'symlink' else os.link)(copy/'train'/'n01440764'/'00 RGB.JPEG', held/'x.jpg')
     more = f' (and {n-1} more such files)' if n > 1 else ''
-    assert refused(copy).endswith(f'are one and the same file{more}, in training and held out: allow it by allow_shared (--allow-shared) if that is meant')
+    assert refused(copy).endswith(f'are one and the same file{more}, in training and held out: allow it by '
+                                  f'allow_shared (--allow-shared) if that is meant')
     dls,said = warned(lambda: loaders(copy, allow_shared=True))
-    assert len(dls.train_ds) == 26 and len(said) == 1 and said[0].endswith(f'are one and the same file{more}, in training and held out')
+    assert len(dls.train_ds) == 26 and len(said) == 1
+    assert said[0].endswith(f'are one and the same file{more}, in training and held out')
     assert warned(lambda: loaders(copy, check=False))[1] == []
 
 def left_overs(folder):
@@ -346,16 +382,20 @@ def left_overs(folder):
         (folder/part/'__MACOSX').mkdir(); (folder/part/'.thumbs').mkdir()
         for o in (folder/part, folder/part/'n01440764', folder/part/'__MACOSX', folder/part/'.thumbs'):
             for name in ('._x.jpg','.DS_Store','Thumbs.db','desktop.ini'): (o/name).write_bytes(b'not an image')
-        (folder/part/'n01440764'/'__MACOSX').mkdir(); (folder/part/'n01440764'/'__MACOSX'/'y.jpg').write_bytes(b'not an image')
+        (folder/part/'n01440764'/'__MACOSX').mkdir()
+        (folder/part/'n01440764'/'__MACOSX'/'y.jpg').write_bytes(b'not an image')
 
 def test_R38_left_overs_of_systems(copy):
-    "They neither stop a run nor are they trained on, and what is left out within the classes is counted by its ending, in one sentence for each part"
+    """They neither stop a run nor are they trained on, and what is left out within the classes is counted by its
+    ending, in one sentence for each part"""
     left_overs(copy)
     (copy/'train'/'n01440764'/'raw.heic').touch(); (copy/'train'/'n01440764'/'LICENSE').touch()
     (files,held,vocab),said = warned(lambda: image_files(copy))
     assert (len(files), len(held), len(vocab)) == (26, 26, 2) and len(said) == 2
-    assert said[0].startswith(f"{copy/'train'}: 7 files are left out, being none of .jpg, .jpeg, .png and such: 3 hidden, ")
-    assert all(o in said[0] for o in ('1 .db','1 .ini','1 .heic','1 without an ending', f"(as {copy/'train'/'n01440764'}{os.sep}"))
+    assert said[0].startswith(f"{copy/'train'}: 7 files are left out, being none of .jpg, .jpeg, .png and such: 3 "
+                              f"hidden, ")
+    assert all(o in said[0] for o in ('1 .db','1 .ini','1 .heic','1 without an ending',
+                                      f"(as {copy/'train'/'n01440764'}{os.sep}"))
     assert said[1].startswith(f"{copy/'val'}: 5 files are left out, ")
     plain(loaders(copy).train)
     assert [p for p,_ in folder_items(copy, Known(2))] == list(held)
@@ -364,7 +404,8 @@ class Known:
     "What the lists of a test ask of a model"
     def __init__(self, num_classes): self.num_classes,self.pretrained_cfg = num_classes,None
 
-formats = {'gif':'GIF', 'avif':'AVIF', 'jp2':'JPEG2000', 'jfif':'JPEG', 'tga':'TGA', 'webp':'WEBP', 'bmp':'BMP', 'ppm':'PPM', 'apng':'PNG', 'GIF':'GIF'}
+formats = {'gif':'GIF', 'avif':'AVIF', 'jp2':'JPEG2000', 'jfif':'JPEG', 'tga':'TGA', 'webp':'WEBP', 'bmp':'BMP',
+           'ppm':'PPM', 'apng':'PNG', 'GIF':'GIF'}
 
 @pytest.mark.parametrize('end', formats)
 def test_R35_what_is_predicted_is_trained_on(tmp_path, end):
@@ -384,7 +425,8 @@ def test_R35_what_is_predicted_is_trained_on(tmp_path, end):
 @pytest.mark.parametrize('end', ['gif','png','webp'])
 def test_R35_moving_pictures_give_their_first_frame(tmp_path, end):
     grey = [Image.new('L', (20,20), 60*i) for i in range(4)]
-    grey[1].save(tmp_path/f'a.{end}', save_all=True, append_images=grey[2:], **(dict(lossless=True) if end == 'webp' else {}))
+    grey[1].save(tmp_path/f'a.{end}', save_all=True, append_images=grey[2:],
+                 **(dict(lossless=True) if end == 'webp' else {}))
     assert np.unique(np.asarray(open_image(tmp_path/f'a.{end}'))).tolist() == [60]
 
 def test_R38_no_permission(copy, monkeypatch):
@@ -392,11 +434,13 @@ def test_R38_no_permission(copy, monkeypatch):
     f,may = copy/'train'/'n01440764'/'00 RGB.JPEG',os.access
     monkeypatch.setattr(os, 'access', lambda p, mode: str(p) != str(f) and may(p, mode))
     assert refused(copy) == 'train/n01440764/00 RGB.JPEG: no permission to read it'
-    with pytest.warns(UserWarning, match='1 unreadable file is left out: .*no permission to read it'): assert len(loaders(copy, on_bad='skip').train_ds) == 25
+    with pytest.warns(UserWarning, match='1 unreadable file is left out: .*no permission to read it'):
+        assert len(loaders(copy, on_bad='skip').train_ds) == 25
     assert len(loaders(copy, check=False).train_ds) == 26
 
 def test_R38_names(tmp_path):
-    "R38: unicode, spaces, newlines and quotes in names work and keep their order; two spellings of one accented name do not"
+    """R38: unicode, spaces, newlines and quotes in names work and keep their order; two spellings of one accented
+    name do not"""
     names = sorted(['a b', 'tab\tnew\nline', 'épée', '日本', "o'\"x", '%s{}'])
     for part in ('train','val'):
         for i,n in enumerate(names):
@@ -430,7 +474,8 @@ warnings.filterwarnings('ignore')
 from revvit.data.images import image_dls
 path,workers,epoch,batch = sys.argv[1],*map(int, sys.argv[2:])
 random.seed(workers+7); torch.manual_seed(workers)
-dl = image_dls(path, dict(input_size=(3,32,32), mean=(.485,.456,.406), std=(.229,.224,.225), interpolation='bicubic', crop_pct=.875), bs=4, workers=workers, seed=1,
+cfg = dict(input_size=(3,32,32), mean=(.485,.456,.406), std=(.229,.224,.225), interpolation='bicubic', crop_pct=.875)
+dl = image_dls(path, cfg, bs=4, workers=workers, seed=1,
                aug=dict(rand_aug='rand-m6-n5-mstd0.5-inc1'), device='cpu').train
 dl.set_epoch(epoch, batch)
 for x,y in dl: print(hashlib.sha256(x.numpy().tobytes()+y.numpy().tobytes()).hexdigest())
@@ -440,7 +485,8 @@ def test_R40_same_batches_in_another_process(folder, tmp_path):
     "R40: a new process that is told epoch and batch goes on with the very bytes, with any number of workers"
     dl = loaders(folder, 0, aug=full).train
     ref = [[hashlib.sha256(x.numpy().tobytes()+y.numpy().tobytes()).hexdigest() for x,y in plain(dl)] for _ in range(3)]
-    run = subprocess.run([sys.executable, '-c', epochs_script, str(folder), '2', '2', '3'], capture_output=True, text=True, cwd=tmp_path)
+    run = subprocess.run([sys.executable, '-c', epochs_script, str(folder), '2', '2', '3'], capture_output=True,
+                         text=True, cwd=tmp_path)
     assert run.stdout.split() == ref[2][3:], run.stderr
 
 @pytest.mark.parametrize('workers', [1,2])
@@ -452,7 +498,8 @@ def test_R40_workers_change_nothing(folder, workers):
     dl = loaders(folder, workers, aug=full).train
     state = torch.get_rng_state(),np.random.get_state()[1].tolist(),random.getstate()
     assert_close([plain(dl), plain(dl)], ref, rtol=0, atol=0)
-    assert torch.equal(torch.get_rng_state(), state[0]) and np.random.get_state()[1].tolist() == state[1] and random.getstate() == state[2]
+    assert torch.equal(torch.get_rng_state(), state[0]) and np.random.get_state()[1].tolist() == state[1]
+    assert random.getstate() == state[2]
     assert not torch.equal(ref[0][0][0], ref[1][0][0])
 
 @pytest.mark.parametrize('world', [2,3])
@@ -474,7 +521,8 @@ def test_loaders_travel(folder):
     assert dls.train.new().seed == 1
 
 def test_shards_resume_by_epoch(folder, tmp_path):
-    "Tar shards: the same seed and number of workers repeat an epoch in a new loader, and the held-out images come in order"
+    """Tar shards: the same seed and number of workers repeat an epoch in a new loader, and the held-out images come
+    in order"""
     wds = pytest.importorskip('webdataset')
     files,held,vocab = image_files(folder)
     for part,items in dict(train=files, val=held).items():
@@ -483,7 +531,8 @@ def test_shards_resume_by_epoch(folder, tmp_path):
                 data = io.BytesIO(); open_image(f).save(data, 'jpeg')
                 out.write({'__key__': f'{i:04}', 'jpg': data.getvalue(), 'cls': vocab.index(Path(f).parent.name)})
     counts = [7,7,7,5]
-    (tmp_path/'_info.json').write_text(json.dumps(dict(splits={p: dict(name=p, num_samples=26, filenames=[f'{p}-{i:04}.tar' for i in range(4)], shard_lengths=counts) for p in ('train','val')})))
+    (tmp_path/'_info.json').write_text(json.dumps(dict(splits={p: dict(name=p, num_samples=26,
+        filenames=[f'{p}-{i:04}.tar' for i in range(4)], shard_lengths=counts) for p in ('train','val')})))
     def dls(): return shard_dls(tmp_path, cfg, vocab, bs=4, workers=2, seed=3, aug=full, device='cpu')
     a = dls().train
     ref = [list(a), list(a)]
@@ -492,14 +541,16 @@ def test_shards_resume_by_epoch(folder, tmp_path):
     assert_close(list(b), ref[1], rtol=0, atol=0)
     assert torch.cat([y for _,y in dls().valid]).tolist() == [0]*13+[1]*13
 
-@pytest.mark.parametrize('kw,said', [(dict(workers=0), 'workers must be at least 1, got 0'), ({}, 'holds no _info.json')])
+@pytest.mark.parametrize('kw,said', [(dict(workers=0), 'workers must be at least 1, got 0'),
+                                     ({}, 'holds no _info.json')])
 def test_shards_that_cannot_work(tmp_path, kw, said):
     if kw: (tmp_path/'_info.json').write_text('{}')
     with pytest.raises((ValueError, FileNotFoundError), match=said): shard_dls(tmp_path, cfg, ['a'], **kw)
 
 def test_shards_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'webdataset', None)
-    with pytest.raises(ImportError, match='needs the package webdataset: pip install webdataset'): shard_dls(tmp_path, cfg, ['a'])
+    with pytest.raises(ImportError, match='needs the package webdataset: pip install webdataset'):
+        shard_dls(tmp_path, cfg, ['a'])
 
 def test_shards_cannot_be_entered_in_the_middle(folder, tmp_path):
     wds = pytest.importorskip('webdataset')
@@ -507,7 +558,8 @@ def test_shards_cannot_be_entered_in_the_middle(folder, tmp_path):
     part = dict(num_samples=1, filenames=['a.tar'], shard_lengths=[1])
     (tmp_path/'_info.json').write_text(json.dumps(dict(splits={o: dict(part, name=o) for o in ('train','val')})))
     dl = shard_dls(tmp_path, cfg, ['a'], bs=1, workers=1, device='cpu').train
-    with pytest.raises(ValueError, match=r'cannot be entered in the middle of an epoch \(at batch 2\)'): dl.set_epoch(1, batch=2)
+    with pytest.raises(ValueError, match=r'cannot be entered in the middle of an epoch \(at batch 2\)'):
+        dl.set_epoch(1, batch=2)
 
 # ---------------------------------------------------------------- folders that nobody has divided
 
@@ -536,7 +588,8 @@ def test_other_names_of_val(valid, copy):
     (copy/'val').rename(copy/valid)
     assert [len(o) for o in image_files(copy)] == [26, 26, 2]
 
-@pytest.mark.parametrize('case,said', [('lonely', 'the only file of its class; at least 2 are needed'), ('empty', "no images for the class 'empty'"),
+@pytest.mark.parametrize('case,said', [('lonely', 'the only file of its class; at least 2 are needed'),
+    ('empty', "no images for the class 'empty'"),
     ('linked', 'are one and the same file'), ('torn', 'the image file is empty')])
 def test_what_cannot_be_divided(case, said, photos):
     (photos/case).mkdir()
@@ -547,9 +600,12 @@ def test_what_cannot_be_divided(case, said, photos):
     if case == 'torn': (photos/case/'b.png').touch()
     with pytest.raises((ValueError, UnreadableFile), match=said): image_files(photos)
 
-@pytest.mark.parametrize('files,want', [(['a/1.jpg','a/2.mp4.txt'], 'images'), (['a/1.mp4'], 'clips'), (['train.csv','val.csv'], 'clips'),
-    (['train.csv','val.csv','a/1.png'], 'images'), ([f'a/{i}.png' for i in range(10)]+['a/1.mp4','.hidden/2.mp4'], 'images'),
-    (['a/1.png','a/2.mp4'], '1 images and 1 videos'), (['a/1.txt'], 'neither images nor videos'), ([], 'no such folder')], ids=str)
+@pytest.mark.parametrize('files,want', [(['a/1.jpg','a/2.mp4.txt'], 'images'), (['a/1.mp4'], 'clips'),
+    (['train.csv','val.csv'], 'clips'),
+    (['train.csv','val.csv','a/1.png'], 'images'), ([f'a/{i}.png' for i in range(10)]+['a/1.mp4','.hidden/2.mp4'],
+                                                    'images'),
+    (['a/1.png','a/2.mp4'], '1 images and 1 videos'), (['a/1.txt'], 'neither images nor videos'),
+    ([], 'no such folder')], ids=str)
 def test_kind_of_data(files, want, tmp_path):
     for o in files:
         (tmp_path/'d'/o).parent.mkdir(parents=True, exist_ok=True)
@@ -563,7 +619,8 @@ def test_kind_of_data(files, want, tmp_path):
 @pytest.mark.parametrize('size', [(80,64), (48,48), (50,90)])
 @pytest.mark.parametrize('share', [.875,1.,.5])
 def test_R35_centre_crop(share, size, tmp_path):
-    "The short side becomes side/crop_pct by the named filter, the middle is cut out, pixels are normalised: Pillow, by hand"
+    """The short side becomes side/crop_pct by the named filter, the middle is cut out, pixels are normalised: Pillow,
+    by hand"""
     side,(w,h) = 32,size
     Image.fromarray(np.random.RandomState(0).randint(0, 255, (h,w,3), np.uint8)).save(tmp_path/'a.png')
     got = ImageTransform(dict(cfg, input_size=(3,side,side), crop_pct=share))(tmp_path/'a.png')

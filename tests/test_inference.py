@@ -108,7 +108,8 @@ def test_another_size_is_not_guessed():
     ('full.pyth','revmvit_tiny_224')])
 def test_model_from_a_file(file, name, zoo):
     m = get_model(name, zoo/file, 'cpu')
-    want = torch.load(zoo/'full.pyth')['model_state'] if file == 'full.pyth' else get_model(weights=zoo/'own.pth').state_dict()
+    want = (torch.load(zoo/'full.pyth')['model_state']
+            if file == 'full.pyth' else get_model(weights=zoo/'own.pth').state_dict())
     assert not m.training and m.state_dict().keys() == want.keys()
     for k,v in m.state_dict().items(): assert torch.equal(v.cpu(), want[k].cpu()), k
     assert m.num_classes == (7 if file == 'full.pyth' else 3)
@@ -194,7 +195,8 @@ def test_features_need_no_classifier(zoo):
 def test_an_answer_that_is_no_number(call, zoo):
     m = Known()
     m.w.data[0] = math.nan
-    with pytest.raises(FloatingPointError, match="white.png: the model's output is not a number"): call(m, zoo/'white.png')
+    with pytest.raises(FloatingPointError, match="white.png: the model's output is not a number"):
+        call(m, zoo/'white.png')
 
 @pytest.mark.parametrize('file,words', [('none.png', 'none.png: no such image file'),
     ('a.mp4', 'a.mp4: a video, but the model takes images')])
@@ -229,7 +231,8 @@ def shown(zoo):
     im = Image.effect_noise((40,30), 50).convert('RGB')
     im.save(zoo/'shown.png')
     a = np.array(im)
-    return dict(path=zoo/'shown.png', words=str(zoo/'shown.png'), pil=im, array=a, tensor=torch.from_numpy(a).movedim(-1, 0),
+    return dict(path=zoo/'shown.png', words=str(zoo/'shown.png'), pil=im, array=a,
+                tensor=torch.from_numpy(a).movedim(-1, 0),
                 strides=np.asfortranarray(a))
 
 @pytest.mark.parametrize('channels', [1, 3])
@@ -258,7 +261,8 @@ def test_grey_and_turned_pictures(zoo):
 @pytest.mark.parametrize('bs', [None, 1, 2, 7])
 def test_a_list_gives_a_list(bs, zoo):
     m = timm.create_model(TINY, img_size=32, num_classes=3, **narrow)
-    items = list(shown(zoo).values())[:3]+[zoo/'white.png']+[torch.randn(3,32,32, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    items = (list(shown(zoo).values())[:3]+[zoo/'white.png']+[torch.randn(3,32,32,
+        generator=torch.Generator().manual_seed(i)) for i in range(3)])
     got,feats = inference_model(m, items, bs=bs),extract_feat(m, tuple(items), bs=bs)
     for o,a,f in zip(items, got, feats):
         one = inference_model(m, o)
@@ -266,16 +270,20 @@ def test_a_list_gives_a_list(bs, zoo):
         assert_close((a['pred_scores'], f), (one['pred_scores'], extract_feat(m, o)), rtol=0, atol=1e-5)
     assert inference_model(m, []) == [] == extract_feat(m, [])
 
-@pytest.mark.parametrize('item,words', [(np.ones((4,5,6), np.uint8), r'8-bit array \(H, W, 3\) or \(H, W\), got uint8 of shape \(4, 5, 6\)'),
-    (np.ones((8,8,3)), 'got float64 of shape'), (torch.ones(4,3,32,32), r'got \(4, 3, 32, 32\); for a batch give list\(x\)'),
+@pytest.mark.parametrize('item,words', [(np.ones((4,5,6), np.uint8), r'8-bit array \(H, W, 3\) or \(H, W\), got uint8 '
+                                         r'of shape \(4, 5, 6\)'),
+    (np.ones((8,8,3)), 'got float64 of shape'), (torch.ones(4,3,32,32), r'got \(4, 3, 32, 32\); for a batch give '
+                                                 r'list\(x\)'),
     (torch.ones(4,3,8,8, dtype=torch.uint8), 'several go in a list')])
 def test_what_is_no_picture(item, words):
     with said(words): inference_model(timm.create_model(TINY, img_size=32, num_classes=3, **narrow), item)
 
-@pytest.mark.parametrize('item', [np.ones((8,8,3), np.uint8), Image.new('RGB', (8,8)), torch.ones(3,8,8, dtype=torch.uint8)])
+@pytest.mark.parametrize('item', [np.ones((8,8,3), np.uint8), Image.new('RGB', (8,8)),
+                                  torch.ones(3,8,8, dtype=torch.uint8)])
 def test_pictures_for_a_model_of_clips(item):
     c = timm.create_model('revmvit_tiny_16x4_224', img_size=32, num_frames=4, num_classes=3)
-    with said('an image, but the model takes clips of 4 frames: a video file, or a prepared tensor'): inference_model(c, item)
+    with said('an image, but the model takes clips of 4 frames: a video file, or a prepared tensor'):
+        inference_model(c, item)
     x = Reader(c)._prepared(torch.zeros(3,4,32,32))
     assert x.shape == (1,3,4,32,32) and len(inference_model(c, torch.zeros(3,4,32,32))['pred_scores']) == 3
 
@@ -289,7 +297,8 @@ def test_crops_are_averaged(crops, zoo, tmp_path):
     big = im.resize((2*short,short), Image.Resampling.BICUBIC)
     places = {1: [(24,4)], 3: [(0,0), (16,0), (32,0)], 5: [(0,0), (48,0), (0,8), (48,8), (24,4)]}[crops]
     mean,std = (tensor(cfg[k])[:,None,None] for k in ('mean','std'))
-    x = torch.stack([(torch.from_numpy(np.array(big.crop((a,b,a+32,b+32)))).movedim(-1,0)/255-mean)/std for a,b in places])
+    x = torch.stack([(torch.from_numpy(np.array(big.crop((a,b,a+32,b+32)))).movedim(-1,0)/255-mean)/std
+                     for a,b in places])
     with torch.no_grad(): want = m.eval()(x).softmax(1).mean(0)
     assert_close(tensor(inference_model(m, im, crops=crops)['pred_scores']), want, rtol=0, atol=1e-5)
 

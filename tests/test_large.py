@@ -1,4 +1,5 @@
-"""One image with more tokens than a block should work on at a time: its halves in pieces, in 8 streams at the peak, with the gradients and the bits of the whole."""
+"""One image with more tokens than a block should work on at a time: its halves in pieces, in 8 streams at the peak,
+with the gradients and the bits of the whole."""
 import pytest, torch
 from revvit.core.block import ReversibleBlock
 from revvit.core.sequence import ReversibleSequence
@@ -16,7 +17,8 @@ def large(depth=2, b=2, drop_path=0., chunk=None, dtype=torch.float32, heads=4, 
     "Blocks of the standard halves, and streams of images that are more than a chunk"
     torch.manual_seed(depth)
     halves = make or (lambda: (attention_half(DIM, heads, **kw),mlp_half(DIM)))
-    m = used(ReversibleSequence([ReversibleBlock(*halves(), drop_path) for _ in range(depth)], chunk, 'large')).to(DEVICE, dtype)
+    m = used(ReversibleSequence([ReversibleBlock(*halves(), drop_path) for _ in range(depth)], chunk,
+                                'large')).to(DEVICE, dtype)
     return m,streams(b, TOKENS, DIM, dtype=dtype)
 
 @pytest.mark.parametrize('drop_path', [0.,.4])
@@ -42,7 +44,8 @@ def test_same_bits_as_stored(amp, drop_path):
 
 @pytest.mark.parametrize('exact', [False,True])
 def test_eight_streams_at_the_peak(exact):
-    "Of a whole Rev-ViT-S on 3,136 tokens, streams and their gradients included, the gradients of one block's weights left out"
+    """Of a whole Rev-ViT-S on 3,136 tokens, streams and their gradients included, the gradients of one block's
+    weights left out"""
     torch.manual_seed(0)
     m = RevViT(img_size=896, depth=1, num_classes=2).to(DEVICE)
     m.set_reversible(True, exact=exact)
@@ -52,11 +55,13 @@ def test_eight_streams_at_the_peak(exact):
     weights = sum(p.nbytes for p in m.blocks[0].parameters())
     assert (peak_bytes(step, DEVICE)-weights)/(4*3136*384) < 8
 
-@pytest.mark.parametrize('b, chunk, tokens, want', [(1,None,1700,True), (2,None,1700,True), (2,1,1700,True), (2,2,1700,False), (2,1,1600,False)])
+@pytest.mark.parametrize('b, chunk, tokens, want', [(1,None,1700,True), (2,None,1700,True), (2,1,1700,True),
+                                                    (2,2,1700,False), (2,1,1600,False)])
 def test_when_an_image_is_in_pieces(b, chunk, tokens, want, monkeypatch):
     "One image at a time, and more rows than the budget"
     (m,xs),used = large(1, b, chunk=chunk),set()
-    for k in (SplitAttention,SplitMlp): monkeypatch.setattr(k, 'vjp', lambda self, *a, k=k, was=k.vjp: used.add(k) or was(self, *a))
+    for k in (SplitAttention,SplitMlp):
+        monkeypatch.setattr(k, 'vjp', lambda self, *a, k=k, was=k.vjp: used.add(k) or was(self, *a))
     weighted_sum(m(*(x[:,:tokens].contiguous() for x in xs))).backward()
     assert used==({SplitAttention,SplitMlp} if want else set())
 

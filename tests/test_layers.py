@@ -33,7 +33,8 @@ clips = {
     (2,3,32,32): r"expected clips of shape \(B, 3, T, H, W\), got \(2, 3, 32, 32\)",
     (2,3,7,32,32): "number of frames, height and width must be multiples of the patch, 2x4x4: got 7x32x32",
     (2,1,8,32,32): "expected 3 channels, got 1 in clips"}
-wrong = [(shape, (16,16), words) for shape,words in images.items()] + [(shape, (2,4,4), words) for shape,words in clips.items()]
+wrong = [(shape, (16,16), words) for shape,words in images.items()] + [(shape, (2,4,4), words) for shape,
+    words in clips.items()]
 
 @pytest.mark.parametrize('shape, patch, words', wrong, ids=str)
 def test_check_images_refuses(shape, patch, words):

@@ -78,12 +78,14 @@ class Items:
 
 def noise(b): return torch.cat([b, torch.rand(len(b), 1)], 1)
 def loader(workers=0, torn=(3,4), **kw):
-    return EpochDL(Items(torn=torn), **{**dict(bs=4, shuffle=True, num_workers=workers, on_bad='skip', seed=5, after_batch=noise), **kw})
+    return EpochDL(Items(torn=torn), **{**dict(bs=4, shuffle=True, num_workers=workers, on_bad='skip', seed=5,
+                                               after_batch=noise), **kw})
 
 @pytest.mark.parametrize('workers', [1,2])
 @pytest.mark.parametrize('torn', [(), (3,4), (0,)])
 def test_R40_workers_change_nothing(workers, torn):
-    "Two epochs, equal to the bit with what is left out; then the second alone, and from its middle; looking in between changes nothing"
+    """Two epochs, equal to the bit with what is left out; then the second alone, and from its middle; looking in
+    between changes nothing"""
     want,said = warned(lambda: [list(o) for o in [loader(torn=torn)]*2])
     dl = loader(workers, torn)
     got,also = warned(lambda: [list(dl), list(dl)])
@@ -136,7 +138,8 @@ def test_no_such_batch(epoch, batch):
     with pytest.raises(ValueError, match=said): loader().set_epoch(epoch, batch)
 
 @pytest.mark.parametrize('kw,said', [(dict(on_bad='ignore'), "on_bad must be 'raise' or 'skip', got 'ignore'"),
-    (dict(seed=-1), "the seed must be a whole number from 0 up, got -1"), (dict(seed=1.5), "whole number from 0 up, got 1.5")])
+    (dict(seed=-1), "the seed must be a whole number from 0 up, got -1"), (dict(seed=1.5), "whole number from 0 up, "
+        "got 1.5")])
 def test_wrong_settings(kw, said):
     with pytest.raises(ValueError, match=said): loader(**kw)
 
@@ -189,7 +192,8 @@ def test_show_batch_is_no_pass():
 
 @pytest.fixture
 def sent(monkeypatch):
-    "Batches on their way to a GPU that is not there: device, whether the copy need not be waited for, whether pinned, type"
+    """Batches on their way to a GPU that is not there: device, whether the copy need not be waited for, whether
+    pinned, type"""
     seen,pinned = [],[]
     def pin(data, device=None):
         pinned.append(data)
@@ -200,7 +204,8 @@ def sent(monkeypatch):
         return b
     for o in (from_files,digits): monkeypatch.setattr(o, 'pick_device', torch.device)
     monkeypatch.setattr(loading, 'to_device', to_device)
-    monkeypatch.setattr('fastai.data.core.to_device', lambda b, device: b)   # its look at one batch, when a loader is made
+    # its look at one batch, when a loader is made
+    monkeypatch.setattr('fastai.data.core.to_device', lambda b, device: b)
     monkeypatch.setattr('torch.accelerator.is_available', lambda: True)
     monkeypatch.setattr('torch.accelerator.current_accelerator', lambda: torch.device('cuda'))
     monkeypatch.setattr('torch.utils.data._utils.pin_memory.pin_memory', pin)
@@ -212,7 +217,8 @@ def two_kinds(kind, device):
     if kind == 'digits': return digits_dls(bs=256, device=device)
     cfg = dict(input_size=(1,1,1), mean=(0.,), std=(1.,))
     def read(path): return torch.ones(1,1,1)
-    return file_dls((dict(a=0, b=0, c=1, d=1), dict(e=0, f=1), ['x','y']), (read,read), TensorImage, cfg, bs=2, workers=0, device=device)
+    return file_dls((dict(a=0, b=0, c=1, d=1), dict(e=0, f=1), ['x','y']), (read,read), TensorImage, cfg, bs=2,
+                    workers=0, device=device)
 
 @pytest.mark.parametrize('part', ['train','valid'])
 @pytest.mark.parametrize('kind', ['digits','files'])
@@ -249,14 +255,17 @@ def test_R38_faults_are_named_or_left_out(files):
     assert str(e.value) == f'{void}: no such image file (and 2 more such files)'
     kept,said = warned(lambda: readable({one:0, void:0}, {empty:1, gone:0, other:1}, kind='video', on_bad='skip'))
     assert kept == ({one:0}, {other:1})
-    parts = [f'{void}: no such video file', f'{empty}: the video file is empty (0 bytes)', f'{gone}: no such video file']
+    parts = [f'{void}: no such video file', f'{empty}: the video file is empty (0 bytes)',
+             f'{gone}: no such video file']
     assert said == [f"3 unreadable files are left out: {'; '.join(parts)}"]
 
 def test_R38_two_names_for_one_file(files):
     one,link = files['one'],files['link']
     same = f'{one} and {link} are one and the same file'
-    with pytest.raises(ValueError, match=f'{same}, in training and held out: allow it by allow_shared'): readable({one:0}, {link:0})
-    assert warned(lambda: readable({one:0}, {link:0}, allow_shared=True)) == (({one:0}, {link:0}), [f'{same}, in training and held out'])
+    with pytest.raises(ValueError, match=f'{same}, in training and held out: allow it by allow_shared'):
+        readable({one:0}, {link:0})
+    assert warned(lambda: readable({one:0}, {link:0}, allow_shared=True)) == (({one:0}, {link:0}),
+        [f'{same}, in training and held out'])
     assert warned(lambda: readable({one:0, link:0}, {})) == (({one:0, link:0}, {}), [same])
 
 def test_R38_class_folders_are_listed_in_order(tmp_path):
@@ -264,7 +273,8 @@ def test_R38_class_folders_are_listed_in_order(tmp_path):
         (tmp_path/o).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path/o).touch()
     (items,said) = warned(lambda: class_items(tmp_path, dict(b=7, a=3)))
-    assert [(Path(k).relative_to(tmp_path).as_posix(), v) for k,v in items.items()] == [('a/deep/0.jpg',3), ('b/1.PNG',7), ('b/2.png',7)]
+    assert [(Path(k).relative_to(tmp_path).as_posix(), v) for k,
+            v in items.items()] == [('a/deep/0.jpg',3), ('b/1.PNG',7), ('b/2.png',7)]
     assert not said
 
 def test_words():
@@ -272,7 +282,8 @@ def test_words():
     assert and_more(['a']) == '' and and_more(list('abc'), 'lines') == ' (and 2 more such lines)'
 
 @pytest.mark.parametrize('e,said', [(TypeError('no'), 'a/b.jpg: no'), (AssertionError(), 'a/b.jpg'),
-    (KeyError('k'), "'a/b.jpg: k'"), (OSError(5, 'torn'), None), (UnicodeDecodeError('ascii', b'\xff', 0, 1, 'bad'), None)])
+    (KeyError('k'), "'a/b.jpg: k'"), (OSError(5, 'torn'), None),
+    (UnicodeDecodeError('ascii', b'\xff', 0, 1, 'bad'), None)])
 def test_R37_exceptions_gain_the_name_and_keep_their_type(e, said):
     "Those that word their message themselves get a note, where Python has notes"
     before = str(e)

@@ -1,5 +1,6 @@
-"""What timm asks of its own models (its tests/test_models.py) and what its users do with one, asked of every model that revvit registers (R27, R21, R22). The models are
-narrow, to be quick, but have the depth, the stages and the strides of the real ones; clips have their 16 frames."""
+"""What timm asks of its own models (its tests/test_models.py) and what its users do with one, asked of every model that
+revvit registers (R27, R21, R22). The models are narrow, to be quick, but have the depth, the stages and the strides of
+the real ones; clips have their 16 frames."""
 import copy, pickle, re, sys
 from itertools import pairwise
 
@@ -34,7 +35,8 @@ def narrow(name, **kw):
 def some(name, b=2, chans=3, side=None):
     "Images or clips for it"
     side = side or (32 if 'revmvit' in name else 64)
-    return torch.randn(b, chans, *((16,) if '16x4' in name else ()), side, side, generator=torch.Generator().manual_seed(b))
+    return torch.randn(b, chans, *((16,) if '16x4' in name else ()), side, side,
+                       generator=torch.Generator().manual_seed(b))
 
 def lacking(m): return [n for n,p in m.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
 
@@ -93,15 +95,18 @@ def test_R27_the_configuration_names_what_is_there(name):
     m = narrow(name)
     weights,cfg = m.state_dict(),m.pretrained_cfg
     assert weights[cfg['first_conv']+'.weight'].shape[1]==3 and weights[cfg['classifier']+'.weight'].shape[0]==7
-    assert m.get_submodule(cfg['classifier']) is m.get_classifier() and isinstance(m.get_submodule(cfg['first_conv']), (nn.Conv2d,nn.Conv3d))
+    assert m.get_submodule(cfg['classifier']) is m.get_classifier()
+    assert isinstance(m.get_submodule(cfg['first_conv']), (nn.Conv2d,nn.Conv3d))
     data,clip = timm.data.resolve_model_data_config(m),'16x4' in name
-    assert data['input_size'][-2:]==(224,224) and data['mean']==((.45,)*3 if clip else (.485,.456,.406)) and data['crop_pct']==.875
+    assert data['input_size'][-2:]==(224,224) and data['mean']==((.45,)*3 if clip else (.485,.456,.406))
+    assert data['crop_pct']==.875
     assert timm.get_pretrained_cfg(name).num_classes==(400 if clip else 1000)
 
 @multiscale
 def test_R27_features_only_gives_maps_of_the_stated_widths_and_strides(name):
     x,deep = some(name),4 if 'base' in name else 3
-    for kw,want in ((dict(), range(deep)), (dict(out_indices=(0,2)), (0,2)), (dict(out_indices=(1,)), (1,)), (dict(out_indices=(-1,)), (deep-1,))):
+    for kw,want in ((dict(), range(deep)), (dict(out_indices=(0,2)), (0,2)), (dict(out_indices=(1,)), (1,)),
+                    (dict(out_indices=(-1,)), (deep-1,))):
         m = narrow(name, num_classes=0, features_only=True, **kw)
         assert m.feature_info.reduction()==[4<<i for i in want] and m.feature_info.channels()==[16<<i for i in want]
         maps = m(x)
@@ -121,9 +126,11 @@ def test_R27_intermediates(name):
     m,x = narrow(name).eval(),some(name)
     end,maps = m.forward_intermediates(x)
     info = m.feature_info
-    assert [o.shape[1] for o in maps]==[o['num_chs'] for o in info] and [x.shape[-1]//o.shape[-1] for o in maps]==[o['reduction'] for o in info]
+    assert [o.shape[1] for o in maps]==[o['num_chs'] for o in info]
+    assert [x.shape[-1]//o.shape[-1] for o in maps]==[o['reduction'] for o in info]
     assert_close(end, m.forward_features(x), rtol=1e-4, atol=1e-5)
-    assert [type(m.get_submodule(o['module'])).__name__ for o in info]==[type((m.stages if 'revmvit' in name else m.blocks)[0]).__name__]*len(info)
+    assert [type(m.get_submodule(o['module'])).__name__
+            for o in info]==[type((m.stages if 'revmvit' in name else m.blocks)[0]).__name__]*len(info)
     last, = m.forward_intermediates(x, 1, norm=True, output_fmt='NLC', intermediates_only=True)
     assert_close(last, end, rtol=1e-4, atol=1e-5)
     first,last = m.forward_intermediates(x, [0,-1], intermediates_only=True)
@@ -143,10 +150,12 @@ def test_R27_intermediates_keep_about_what_a_forward_pass_keeps(name):
     m.set_reversible(False)
     assert maps<2.5*once and maps<.2*saved_bytes(lambda: m(x), m, x)
 
-@pytest.mark.parametrize('name, strict', [*((o,False) for o in names), *((o,True) for o in names if 'base' in o)]) # strict takes seconds, and sizes share their code
+# strict takes seconds, and sizes share their code
+@pytest.mark.parametrize('name, strict', [*((o,False) for o in names), *((o,True) for o in names if 'base' in o)])
 def test_R21_export_answers_as_the_model_for_any_batch(name, strict):
     m,x = narrow(name, **(dict(depth=2) if 'revvit' in name else dict(depth=3, stage_starts=(1,)))).eval(),some(name, 3)
-    e = torch.export.export(m, (some(name),), dynamic_shapes={'x': {0: torch.export.Dim('batch', max=64)}}, strict=strict).module()
+    e = torch.export.export(m, (some(name),), dynamic_shapes={'x': {0: torch.export.Dim('batch', max=64)}},
+                            strict=strict).module()
     for o in (x, x[:1]): assert_close(e(o), m(o), rtol=1e-5, atol=1e-5)
 
 @pytest.mark.parametrize('name', [o for o in names if 'tiny' in o])
@@ -170,7 +179,8 @@ def test_R22_copies_and_pickles_are_the_same_model(name):
         return [y, m.eval()(x), *grads]
     want = answer(m)
     for twin in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))):
-        assert list(twin.state_dict())==list(m.state_dict()) and all(torch.equal(a, b) for a,b in zip(answer(twin), want, strict=True))
+        assert list(twin.state_dict())==list(m.state_dict())
+        assert all(torch.equal(a, b) for a,b in zip(answer(twin), want, strict=True))
 
 @every
 def test_R27_grad_checkpointing_is_the_switch_of_the_reversible_mode(name):
@@ -205,16 +215,21 @@ def test_R27_groups_hold_every_parameter_and_rise_with_depth(name):
         assert sorted(n for o in groups.values() for n in o)==sorted(n for n,_ in m.named_parameters())
     by_id = {id(p): g['lr_scale'] for g in param_groups_layer_decay(m, layer_decay=.7) for p in g['params']}
     scale = {n: by_id[id(p)] for n,p in m.named_parameters()}
-    if 'revmvit' in name: body = [f'{part}.{i}.{j}.' if part=='stages' else f'{part}.{i}.' for i,s in enumerate(m.stages) for part,n in (('stages',len(s)),('transitions',1)) for j in range(n)][:-1]
+    if 'revmvit' in name:
+        body = [f'{part}.{i}.{j}.' if part=='stages' else f'{part}.{i}.' for i,s in enumerate(m.stages) for part,
+                n in (('stages',len(s)),('transitions',1)) for j in range(n)][:-1]
     else: body = [f'blocks.{i}.' for i in range(len(m.blocks))]
     parts = [[v for n,v in scale.items() if n.startswith(o)] for o in ('patch_embed',*body,'neck','head')]
-    assert all(len(set(o))==1 for o in parts) and len({v for n,v in scale.items() if n.startswith('pos_embed')} | set(parts[0]))==1
+    assert all(len(set(o))==1 for o in parts)
+    assert len({v for n,v in scale.items() if n.startswith('pos_embed')} | set(parts[0]))==1
     steps = [b[0]/a[0] for a,b in pairwise(parts)]
-    assert steps==pytest.approx([1/.7]*len(body) + [1, 1/.7]) and parts[-1][0]==1 # the final norm goes with the last block
+    # the final norm goes with the last block
+    assert steps==pytest.approx([1/.7]*len(body) + [1, 1/.7]) and parts[-1][0]==1
 
 @every
 def test_R27_optimizers(name):
-    m,x = narrow(name, img_size=64),some(name, side=64) # or the last stage would have one place, where a key has no gradient
+    # or the last stage would have one place, where a key has no gradient
+    m,x = narrow(name, img_size=64),some(name, side=64)
     params = dict(m.named_parameters())
     assert set(m.no_weight_decay())<=set(params)
     for kw in ({}, dict(layer_decay=.7)):
@@ -246,7 +261,8 @@ class LowRank(nn.Module):
         self.up = conv(2, layer.out_channels, 1)
     def forward(self, x): return self.base(x) + self.up(self.down(x))
 
-wrappers = dict(sequential=nn.Sequential, low_rank=LowRank, parametrized=lambda o: nn.utils.parametrizations.weight_norm(o))
+wrappers = dict(sequential=nn.Sequential, low_rank=LowRank,
+                parametrized=lambda o: nn.utils.parametrizations.weight_norm(o))
 
 @pytest.mark.parametrize('wrap', wrappers.values(), ids=wrappers.keys())
 @pytest.mark.parametrize('name', ['revvit_small_patch16_224', 'revmvit_base_224', 'revmvit_base_16x4_224'])
@@ -268,7 +284,8 @@ def test_the_patch_embedding_can_be_wrapped(name, wrap):
 @pytest.mark.parametrize('writes', [False, True], ids=['reads','writes'])
 @every
 def test_a_model_can_be_built_under_a_debugger(name, writes):
-    "One that looks at local variables at every line, and one that keeps notes among them; the constructor's arguments are what they are"
+    """One that looks at local variables at every line, and one that keeps notes among them; the constructor's
+    arguments are what they are"""
     notes,codes = [], {o.__init__.__code__ for o in (revvit.models.vit.RevViT, revvit.models.mvit.RevMViT)}
     def look(frame, event, arg):
         inside = frame.f_code in codes
@@ -287,7 +304,7 @@ def test_a_model_can_be_built_under_a_debugger(name, writes):
     finally: sys.settrace(before)
     assert got==want and not set(notes)&set(got) and bool(notes)==writes
 
-# ---------------------------------------------------------------- what the notebooks 13_zoo, 14_vit and 16_mvit show once
+# --- what the notebooks 13_zoo, 14_vit and 16_mvit show once
 
 film = dict(num_frames=4, patch_kernel=(3,7,7), patch_stride=(2,4,4), pool_kernel=(3,3,3), kv_stride=(1,8,8),
             stream_fusion='mean', qkv_bias=False)
@@ -295,9 +312,11 @@ film = dict(num_frames=4, patch_kernel=(3,7,7), patch_stride=(2,4,4), pool_kerne
 def tiny(kind, depth=5, **kw):
     "A small model whose weights are far from their quiet start"
     torch.manual_seed(depth)
-    if kind=='vit': m = RevViT(**{**dict(img_size=32, patch_size=8, embed_dim=24, num_heads=3, depth=depth, num_classes=5), **kw})
+    if kind=='vit':
+        m = RevViT(**{**dict(img_size=32, patch_size=8, embed_dim=24, num_heads=3, depth=depth, num_classes=5), **kw})
     else:
-        args = dict(img_size=32, embed_dim=8, depth=depth, stage_starts=tuple(o for o in (1,3) if o<depth), num_classes=5)
+        args = dict(img_size=32, embed_dim=8, depth=depth, stage_starts=tuple(o for o in (1,3) if o<depth),
+                    num_classes=5)
         m = RevMViT(**{**args, **(film if kind=='clips' else {}), **kw})
     for n,p in m.named_parameters(): nn.init.normal_(p, float(n.endswith('norm.weight')), .2 if p.ndim>1 else .1)
     return m
@@ -328,20 +347,26 @@ kinds = pytest.mark.parametrize('kind', ['vit','images','clips'])
     (lambda: RevMViT(img_size=30), "the size must be a multiple of the patch stride: got 30x30 and 4x4"),
     (lambda: tiny('clips', num_frames=3), "got 3x32x32 and 2x4x4"),
     (lambda: tiny('vit').reset_classifier(-1), "num_classes must be 0 or more, got -1"),
-    (lambda: tiny('images').forward_intermediates(inputs('images'), output_fmt='NHWC'), "must be 'NCHW' or 'NLC', got 'NHWC'")])
+    (lambda: tiny('images').forward_intermediates(inputs('images'), output_fmt='NHWC'),
+     "must be 'NCHW' or 'NLC', got 'NHWC'")])
 def test_impossible_sizes_and_options_are_refused(make, words):
     with pytest.raises(ValueError, match=words): make()
 
 def test_options_arrive():
-    rates = dict(drop_rate=.1, proj_drop_rate=.2, attn_drop_rate=.3, drop_path_rate=.4, shared_drop_path=True, chunk=2, in_chans=1)
+    rates = dict(drop_rate=.1, proj_drop_rate=.2, attn_drop_rate=.3, drop_path_rate=.4, shared_drop_path=True,
+                 chunk=2, in_chans=1)
     v = RevViT(embed_dim=16, num_heads=2, depth=3, mlp_ratio=1.5, qkv_bias=False, **rates)
     f,g = v.blocks[1].f.fn,v.blocks[1].g.fn
-    assert (f.num_heads, f.qkv.bias, f.attn_drop.p, f.proj_drop.p, g.drop1.p, g.fc1.out_features)==(2, None, .3, .2, .2, 24)
-    assert (v.head_drop.p, v.blocks.chunk, v.patch_embed.proj.in_channels, v.blocks[1].shared_drop_path)==(.1, 2, 1, True)
+    assert (f.num_heads, f.qkv.bias, f.attn_drop.p, f.proj_drop.p, g.drop1.p,
+            g.fc1.out_features)==(2, None, .3, .2, .2, 24)
+    assert (v.head_drop.p, v.blocks.chunk, v.patch_embed.proj.in_channels,
+            v.blocks[1].shared_drop_path)==(.1, 2, 1, True)
     assert [o.drop_path for o in v.blocks]==[0, .2, .4]
-    m = RevMViT(img_size=32, embed_dim=8, depth=5, stage_starts=(1,3), num_classes=0, mlp_ratio=2, drop_whole=True, **rates)
+    m = RevMViT(img_size=32, embed_dim=8, depth=5, stage_starts=(1,3), num_classes=0, mlp_ratio=2,
+                drop_whole=True, **rates)
     f,g = m.transitions[1].f.fn,m.transitions[1].g.fn
-    assert (m.head_drop.p, g.drop1.p, f.attn_drop.p, g.fc1.out_features, m.patch_embed.proj.in_channels)==(.1, .2, .3, 64, 1)
+    assert (m.head_drop.p, g.drop1.p, f.attn_drop.p, g.fc1.out_features,
+            m.patch_embed.proj.in_channels)==(.1, .2, .3, 64, 1)
     assert [(s.chunk, s[0].shared_drop_path) for s in m.stages]==[(2, True)]*3
     assert [s[0].drop_path for s in m.stages]+[d.drop_prob for d in m.drops]==pytest.approx([0, .2, .4, .1, .3])
     assert [d.drop_prob for d in tiny('images', drop_path_rate=.4).drops]==[0, 0]
@@ -428,7 +453,8 @@ def test_full_size_shapes(name):
     with torch.device('meta'): m,clip = timm.create_model(name).eval(),'16x4' in name
     x = torch.empty(2, 3, *((16,) if clip else ()), 224, 224, device='meta')
     assert m(x).shape==(2, 400 if clip else 1000)
-    assert m.forward_features(x).shape==(2, 196 if 'revvit' in name else 49*4**(4-len(m.stages))*(8 if clip else 1), m.num_features)
+    assert m.forward_features(x).shape==(2, 196 if 'revvit' in name else 49*4**(4-len(m.stages))*(8 if clip else 1),
+                                         m.num_features)
 
 def test_fx_sees_a_stack_as_one_step():
     m,x = tiny('vit', 3).eval(),inputs('vit')
@@ -448,9 +474,10 @@ def test_a_weight_changed_in_between_is_refused_in_a_plain_stage_too(name):
     m.stages[0].set_reversible(False)
     loss = m(inputs('images')).square().mean()
     with torch.no_grad(): m.get_parameter(name).mul_(1.1)
-    with pytest.raises(RuntimeError, match='changed between forward and backward|modified by an inplace'): loss.backward()
+    with pytest.raises(RuntimeError, match='changed between forward and backward|modified by an inplace'):
+        loss.backward()
 
-# ---------------------------------------------------------------- names of published tensors, and what timm's loader is given
+# --- names of published tensors, and what timm's loader is given
 
 slowfast_names = {
     'rev_backbone.layers.0.F.attn.pool_k.weight': 'stages.0.0.f.fn.pool_k.conv.weight',
@@ -470,7 +497,8 @@ vit_names = {
     'head.projection.weight': 'head.weight', 'head.fc.bias': 'head.bias',
     'pos_embed_spatial': 'pos_embed_spatial'}
 
-@pytest.mark.parametrize('theirs, ours, starts', [*((a, b, (1,3,14)) for a,b in slowfast_names.items()), *((a, b, None) for a,b in vit_names.items())])
+@pytest.mark.parametrize('theirs, ours, starts', [*((a, b, (1,3,14)) for a,b in slowfast_names.items()),
+                                                  *((a, b, None) for a,b in vit_names.items())])
 def test_published_names(theirs, ours, starts): assert our_name(theirs, starts)==ours
 
 @kinds
@@ -480,12 +508,15 @@ def test_our_names_and_unknown_ones_stay(kind):
     assert [our_name(o, starts) for o in keys]==keys
     assert our_name('rev_backbone.layers.0.H.weight', starts)=='rev_backbone.layers.0.H.weight'
 
-@pytest.mark.parametrize('content', [dict(a=1), dict(model_state=dict(a=1), epoch=3), dict(state_dict={'module.a':1}, meta={}), dict(model={'module._orig_mod.a':1}, opt=None)])
+@pytest.mark.parametrize('content', [dict(a=1), dict(model_state=dict(a=1), epoch=3),
+                                     dict(state_dict={'module.a':1}, meta={}),
+                                     dict(model={'module._orig_mod.a':1}, opt=None)])
 def test_tensors_are_found_where_programs_put_them(content):
     def filled(o): return {k: filled(v) if isinstance(v, dict) else torch.zeros(1) if v==1 else v for k,v in o.items()}
     assert list(tensors_in(filled(content)))==['a']
 
-@pytest.mark.parametrize('content, words', [(dict(epoch=3, weights={}), 'but found epoch, weights'), (dict(state_dict={}), 'but found nothing'), ({}, 'but found nothing')])
+@pytest.mark.parametrize('content, words', [(dict(epoch=3, weights={}), 'but found epoch, weights'),
+                                            (dict(state_dict={}), 'but found nothing'), ({}, 'but found nothing')])
 def test_content_without_tensors_is_refused(content, words):
     with pytest.raises(ValueError, match=words): tensors_in(content)
 
@@ -543,19 +574,24 @@ def test_only_clips_have_times():
     assert 'frame_stride' not in timm.create_model('revmvit_tiny_224', **args).pretrained_cfg
     m = timm.create_model('revmvit_tiny_16x4_224', num_frames=4, pretrained_cfg_overlay=dict(frame_stride=2), **args)
     assert [m.pretrained_cfg[k] for k in ('input_size','frame_stride','frame_rate')]==[(3,4,224,224), 2, 30]
-    with pytest.raises(TypeError): timm.create_model('revvit_tiny_patch16_224', pretrained_cfg_overlay=dict(frame_stride=2))
+    with pytest.raises(TypeError):
+        timm.create_model('revvit_tiny_patch16_224', pretrained_cfg_overlay=dict(frame_stride=2))
 
 # ---------------------------------------------------------------- another size
 
-SIZED = dict(vit=lambda **kw: RevViT(img_size=32, patch_size=8, embed_dim=16, num_heads=2, depth=2, num_classes=3, **kw),
+SIZED = dict(vit=lambda **kw: RevViT(img_size=32, patch_size=8, embed_dim=16, num_heads=2, depth=2,
+                                     num_classes=3, **kw),
     images=lambda **kw: RevMViT(img_size=32, embed_dim=8, depth=3, stage_starts=(1,), num_classes=3, **kw),
-    clips=lambda **kw: RevMViT(img_size=32, num_frames=4, embed_dim=8, depth=3, stage_starts=(1,), patch_kernel=(3,7,7), patch_stride=(2,4,4), pool_kernel=(3,3,3), num_classes=3, **kw))
-def sized(kind, *side): return torch.randn(2, 3, *([4] if kind=='clips' else []), *side, generator=torch.Generator().manual_seed(0))
+    clips=lambda **kw: RevMViT(img_size=32, num_frames=4, embed_dim=8, depth=3, stage_starts=(1,), patch_kernel=(3,7,7),
+                               patch_stride=(2,4,4), pool_kernel=(3,3,3), num_classes=3, **kw))
+def sized(kind, *side):
+    return torch.randn(2, 3, *([4] if kind=='clips' else []), *side, generator=torch.Generator().manual_seed(0))
 
 @pytest.mark.parametrize('kind', SIZED)
 @pytest.mark.parametrize('new', [64,(48,64),32])
 def test_set_input_size(kind, new, tmp_path):
-    "What the model computed from such images by resampling on the way, it computes by vectors of its own; saved and loaded too"
+    """What the model computed from such images by resampling on the way, it computes by vectors of its own; saved and
+    loaded too"""
     torch.manual_seed(0)
     m = SIZED[kind]().eval()
     m.pos_embed.requires_grad_(kind!='vit')
@@ -576,7 +612,8 @@ def test_dynamic_img_size(kind):
     assert SIZED[kind](dynamic_img_size=True)(sized(kind, 64, 32)).shape==(2,3)
     m = SIZED[kind](dynamic_img_size=False)
     assert m(sized(kind, 32, 32)).shape==(2,3)
-    with pytest.raises(ValueError, match='images of 32x32 pixels are wanted, got 64x32: set_input_size'): m(sized(kind, 64, 32))
+    with pytest.raises(ValueError, match='images of 32x32 pixels are wanted, got 64x32: set_input_size'):
+        m(sized(kind, 64, 32))
     with pytest.raises(ValueError, match='img_size must be a multiple of the patch'): m.set_input_size(33)
     m.set_input_size((64,32))
     assert m(sized(kind, 64, 32)).shape==(2,3)

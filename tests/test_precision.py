@@ -19,6 +19,7 @@ def test_evaluate(amp, dtype):
     assert set(seen[3:])=={dtype} and abs(got['loss']-want['loss']) < .01 and (got==want)==(amp=='off')
     assert not torch.is_autocast_enabled('cpu') and next(m.parameters()).dtype==torch.float32
 
-@pytest.mark.parametrize('command,args', [(cli.revvit_test,['--data','nowhere']), (cli.revvit_predict,['nowhere.png'])], ids=['test','predict'])
+@pytest.mark.parametrize('command,args', [(cli.revvit_test,['--data','nowhere']), (cli.revvit_predict,['nowhere.png'])],
+                         ids=['test','predict'])
 def test_commands_refuse_other_words(command, args, capfd):
     assert command([*args, '--amp', 'int4'])==2 and 'amp must be off, bf16 or fp16, got' in capfd.readouterr().err

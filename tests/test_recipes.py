@@ -211,11 +211,13 @@ def test_one_rate_means_the_classifiers():
     for kw,lr in (({}, 1e-3), (dict(lr=1e-2), 1e-2)):
         with learn.no_bar(), learn.no_logging(), patch.object(type(learn), '_do_epoch'): learn.fit(1, **kw)
         rates = {o['lr_scale']: o['lr'] for o in learn.opt.opt.param_groups}
-        assert rates == pytest.approx({.5**i: lr*.5**i for i in range(4)}) and learn.schedule.peaks[-1] == pytest.approx(lr)
+        assert rates == pytest.approx({.5**i: lr*.5**i for i in range(4)})
+        assert learn.schedule.peaks[-1] == pytest.approx(lr)
 
 tiny = dict(patch_size=4, embed_dim=16, num_heads=2, depth=2)
 
-@pytest.mark.parametrize('upto,free', [('backbone', 'head'), (0, 'blocks head neck'), ('1', 'blocks head neck'), (2, 'head')])
+@pytest.mark.parametrize('upto,free', [('backbone', 'head'), (0, 'blocks head neck'), ('1', 'blocks head neck'),
+                                       (2, 'head')])
 def test_frozen_layers_stay(upto, free):
     "Two steps leave the bits of what is frozen, and move all else"
     r = replace(recipe, epochs=1, batch_size=512, warmup_epochs=0, freeze=upto, model_args=tiny)
@@ -233,8 +235,8 @@ def test_what_cannot_be_frozen(upto):
 
 @pytest.mark.parametrize('mixup', [0., .8])
 def test_batches_of_a_step(mixup):
-    """22 batches make 5 steps of four and leave two out, in each of two epochs, with and without mixup, which leaves out an
-    image of odd batches"""
+    """22 batches make 5 steps of four and leave two out, in each of two epochs, with and without mixup, which leaves
+    out an image of odd batches"""
     r = replace(recipe, epochs=2, batch_size=65, warmup_epochs=0, accumulate=4, mixup=mixup, model_args=tiny)
     learn,steps = learner(recipe_dls(r, device='cpu'), r),[]
     note = Callback(after_step=lambda *_: steps.append(learn.train_iter))
@@ -249,7 +251,8 @@ def test_own_recipe(kind, end, tmp_path):
         (tmp_path/'d'/'ab'[i%2]).mkdir(parents=True, exist_ok=True)
         (tmp_path/'d'/'ab'[i%2]/f'{i}.{end}').touch()
     (scratch,r,why),(_,tuned,_) = (own_recipe(tmp_path/'d', o) for o in (False,True))
-    assert (scratch, r.data, r.batch_size, r.layer_decay, tuned.layer_decay) == (f'fine_tune_{kind}', kind, 3, None, .75)
+    assert (scratch, r.data, r.batch_size, r.layer_decay, tuned.layer_decay) == (f'fine_tune_{kind}', kind,
+        3, None, .75)
     assert 'random weights' in why and tuned.model in tuned.pretrained and 'tiny' in r.model
     m = recipe_model(r, 2)
     assert m(torch.randn(1, *r.image_cfg['input_size'])).shape == (1,2) and sum(o.numel() for o in m.parameters()) < 2e6
@@ -263,8 +266,10 @@ def test_a_recipe_comes_back_from_its_file(which, end, tmp_path):
     assert replace(back, image_cfg={}) == replace(recipes[which], image_cfg={})
     assert {k: tuple(v) if isinstance(v, list) else v for k,v in recipes[which].image_cfg.items()} == back.image_cfg
 
-@pytest.mark.parametrize('text,said', [('{', 'not a recipe in JSON'), ('[1]', 'expected settings by name'), ('{"epoch": 1}', "a recipe has no 'epoch'"),
-    ('{"data": "images"}', 'the recipe lacks model, model_args, image_cfg, epochs, batch_size, lr'), (None, 'no such recipe file')], ids=str)
+@pytest.mark.parametrize('text,said', [('{', 'not a recipe in JSON'), ('[1]', 'expected settings by name'),
+    ('{"epoch": 1}', "a recipe has no 'epoch'"),
+    ('{"data": "images"}', 'the recipe lacks model, model_args, image_cfg, epochs, batch_size, lr'),
+    (None, 'no such recipe file')], ids=str)
 def test_recipe_files_that_are_none(text, said, tmp_path):
     if text is not None: (tmp_path/'r.json').write_text(text)
     with pytest.raises((ValueError, FileNotFoundError), match=said) as e: read_recipe(tmp_path/'r.json')

@@ -1,6 +1,7 @@
-"""What software for reversible networks promises and often breaks, numbered R1 to R26 (R20 and R21, many processes and the compiler, stand elsewhere).
-Each is asked of a sequence of any F and G, of one with a tail, of a narrow Rev-ViT, and of Rev-MViTs for images and for clips; with two different streams,
-odd and even depths, and every kind of randomness on. `cases.py` makes the models and says how they are judged."""
+"""What software for reversible networks promises and often breaks, numbered R1 to R26 (R20 and R21, many processes and
+the compiler, stand elsewhere). Each is asked of a sequence of any F and G, of one with a tail, of a narrow Rev-ViT, and
+of Rev-MViTs for images and for clips; with two different streams, odd and even depths, and every kind of randomness on.
+`cases.py` makes the models and says how they are judged."""
 import copy, multiprocessing, pickle, re, warnings
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -16,19 +17,24 @@ from cases import *
 
 # ---------------------------------------------------------------- the gradient core: R1 to R19
 
-IMAGES,CLIPS = partial(mvit, lambda d: fitting(d, 1, 2, 6)),partial(clip, lambda d: fitting(d, d//2, d-1)) # up to 4 stages
+# up to 4 stages
+IMAGES,CLIPS = partial(mvit, lambda d: fitting(d, 1, 2, 6)),partial(clip, lambda d: fitting(d, d//2, d-1))
 
 @pytest.mark.parametrize('depth', [*range(1, 10), 24])
-@pytest.mark.parametrize('kind', [sequence, tailed, vit, IMAGES, CLIPS], ids=['sequence','tailed','vit','images','clips'])
+@pytest.mark.parametrize('kind', [sequence, tailed, vit, IMAGES, CLIPS],
+                         ids=['sequence','tailed','vit','images','clips'])
 def test_R01_gradients_of_everything_at_any_depth(kind, depth):
-    "float64: outputs, input gradients and parameter gradients are those of plain autograd, with the rates on and off, in parts and whole"
-    for chunk,rate in ((2,0),(None,1),(1,1))[:2 if kind in (IMAGES,CLIPS) else 3]: # those are the largest, and R2 has more of them
+    """float64: outputs, input gradients and parameter gradients are those of plain autograd, with the rates on and
+    off, in parts and whole"""
+    # those are the largest, and R2 has more of them
+    for chunk,rate in ((2,0),(None,1),(1,1))[:2 if kind in (IMAGES,CLIPS) else 3]:
         m,xs = kind(depth, chunk, rate, b=3)
         check_grads(m, *xs)
 
 @both
 def test_R02_masks_are_those_of_plain_and_are_replayed(make):
-    "Dropout, attention dropout and drop path: the plain mode's masks, and a gradient that agrees with finite differences"
+    """Dropout, attention dropout and drop path: the plain mode's masks, and a gradient that agrees with finite
+    differences"""
     m,xs = make()
     a,b = (outputs(plain(m, lambda: (torch.manual_seed(s),m(*xs))[1])) for s in (0,1))
     assert error(a, b) > 1e-3 # there are masks
@@ -59,7 +65,8 @@ def test_R04_a_block_used_twice_and_a_model_called_twice(make):
 
 @both
 def test_R05_random_states(make):
-    "After forward torch, NumPy and Python stand where plain autograd leaves them, after backward where they stood before, and an evaluation moves nothing"
+    """After forward torch, NumPy and Python stand where plain autograd leaves them, after backward where they stood
+    before, and an evaluation moves nothing"""
     m,xs = make()
     def after(seed):
         loss = loss_of(m, xs, seed)
@@ -116,7 +123,8 @@ def test_R07_autocast(make, dtype, inside):
         return torch.autograd.grad(loss, needing(m))
     errors = sorted(error(run(s), plain(m, lambda: run(s))) for s in range(6))
     assert set(seen)=={torch.float32}
-    # where a rebuilt number lies within float32 rounding of the border between two half-precision values, one step of those shows (a replay
+    # where a rebuilt number lies within float32 rounding of the border between two half-precision values, one step of
+    # those shows (a replay
     # without autocast is 4e-3 off, every time)
     assert errors[1] < 1e-6 and errors[-1] < 1e-3
 
@@ -127,7 +135,8 @@ def test_R08_a_whole_model_in_bfloat16(kind):
         return float(a@b/a.norm()/b.norm()) # not a number where one of them holds none
     m,xs = kind(12, 2, dtype=torch.bfloat16)
     assert cosine(grads(m, xs), plain(m, lambda: grads(m, xs))) > .999
-    # both could be wrong: PyTorch 2.15 has depthwise convolutions in bfloat16 whose weight gradients are, on a CPU with 8 or 16 channels
+    # both could be wrong: PyTorch 2.15 has depthwise convolutions in bfloat16 whose weight gradients are, on a CPU with
+    # 8 or 16 channels
     m,xs = kind(12, 2, 0, torch.bfloat16)
     got = grads(m, xs)
     want = plain(m.double(), lambda: grads(m, [x.double() for x in xs]))
@@ -138,11 +147,13 @@ def test_R08_a_whole_model_in_bfloat16(kind):
 @pytest.mark.parametrize('plant', ['loss','scale'])
 @both
 def test_R09_grad_scaler(make, plant):
-    "An infinity, planted or from a scale that float16 cannot hold, is seen: the step is skipped, the scale halved, and the next step is plain's"
+    """An infinity, planted or from a scale that float16 cannot hold, is seen: the step is skipped, the scale halved,
+    and the next step is plain's"""
     def run():
         m,xs = make(dtype=torch.float32)
         m.set_reversible(on)
-        opt,scaler = torch.optim.SGD(m.parameters(), lr=1e-2),torch.amp.GradScaler(DEVICE.type, init_scale=2.**60 if plant=='scale' else 2.**8)
+        opt,scaler = torch.optim.SGD(m.parameters(), lr=1e-2),torch.amp.GradScaler(DEVICE.type, init_scale=2.**60
+            if plant=='scale' else 2.**8)
         before = [p.detach().clone() for p in m.parameters()]
         for step in range(2):
             with torch.autocast(DEVICE.type, torch.float16): loss = loss_of(m, xs, step)
@@ -177,13 +188,18 @@ def test_R10_accumulation_frozen_parameters(make):
 
 def test_R10_four_micro_batches_are_one_batch():
     m,xs = stack(3),streams(8)
-    sums = lambda n: sum((torch.stack(m(*o)).square().sum() for o in zip(*(x.chunk(n) for x in xs))), torch.zeros((), device=DEVICE))
-    assert error(torch.autograd.grad(sums(4), needing(m)), plain(m, lambda: torch.autograd.grad(sums(1), needing(m)))) < 1e-12
+    sums = lambda n: sum((torch.stack(m(*o)).square().sum() for o in zip(*(x.chunk(n) for x in xs))),
+                         torch.zeros((), device=DEVICE))
+    assert error(torch.autograd.grad(sums(4), needing(m)),
+                 plain(m, lambda: torch.autograd.grad(sums(1), needing(m)))) < 1e-12
 
-@pytest.mark.parametrize('layer', [lambda: nn.BatchNorm1d(3), lambda: nn.SyncBatchNorm(3), lambda: nn.InstanceNorm1d(3, track_running_stats=True),
-    lambda: nn.utils.spectral_norm(nn.Linear(8, 8)), lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))], ids=['batch','sync','instance','spectral','spectral2'])
+@pytest.mark.parametrize('layer', [lambda: nn.BatchNorm1d(3), lambda: nn.SyncBatchNorm(3),
+    lambda: nn.InstanceNorm1d(3, track_running_stats=True),
+    lambda: nn.utils.spectral_norm(nn.Linear(8, 8)), lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))],
+                         ids=['batch','sync','instance','spectral','spectral2'])
 def test_R10_layers_with_running_statistics_are_refused_by_name(layer):
-    with pytest.raises(ValueError, match=r'^g holds .* \(1.*state changes in every forward pass'): ReversibleBlock(mlp(), nn.Sequential(nn.GELU(), layer()))
+    with pytest.raises(ValueError, match=r'^g holds .* \(1.*state changes in every forward pass'):
+        ReversibleBlock(mlp(), nn.Sequential(nn.GELU(), layer()))
     m = stack(3)
     m[1].f = layer().double() # past the constructor: then where it runs
     with pytest.raises(ValueError, match='^f of block 1 holds .*state changes'): m(*streams())
@@ -191,21 +207,25 @@ def test_R10_layers_with_running_statistics_are_refused_by_name(layer):
         def forward(self, x1, x2): return self.more(super().forward(x1, x2)[:,:,None].expand(-1, -1, 8))
     tail = Tail()
     tail.more = layer()
-    with pytest.raises(ValueError, match='^the tail holds .* \\(more.*state changes'): stack(3)(*streams(), tail=tail.double())
+    with pytest.raises(ValueError, match='^the tail holds .* \\(more.*state changes'):
+        stack(3)(*streams(), tail=tail.double())
 
 STEM = 'patch_embed','pos_embed'
 
-@pytest.mark.parametrize('frozen', [(*STEM,'0.','blocks.0.','stages.0.0.'), (*STEM,'0.','1.','blocks.','stages.0.'), (*STEM,'stages.0.','transitions.0.')], ids=['stem','stage','stages'])
+@pytest.mark.parametrize('frozen', [(*STEM,'0.','blocks.0.','stages.0.0.'), (*STEM,'0.','1.','blocks.','stages.0.'),
+                                    (*STEM,'stages.0.','transitions.0.')], ids=['stem','stage','stages'])
 @both
 def test_R11_frozen_stem(make, frozen):
-    "Streams that need no gradient: every parameter behind them gets its own, exactly; what is frozen may end inside a run, with a run, or with a stage transition"
+    """Streams that need no gradient: every parameter behind them gets its own, exactly; what is frozen may end inside
+    a run, with a run, or with a stage transition"""
     m,xs = make()
     want = dict(zip([n for n,_ in m.named_parameters()], plain(m, lambda: grads(m, xs))))
     for n,p in m.named_parameters(): p.requires_grad_(not n.startswith(frozen))
     loss_of(m, xs).backward()
     for n,p in m.named_parameters():
         if not p.requires_grad: assert p.grad is None
-        elif 'pool_k.norm.bias' in n: assert max(p.grad.norm(), want[n].norm()) < 1e-14, n # softmax does not see it: rounding is all there is
+        # softmax does not see it: rounding is all there is
+        elif 'pool_k.norm.bias' in n: assert max(p.grad.norm(), want[n].norm()) < 1e-14, n
         else: assert error([p.grad], [want[n]]) < 1e-9, n # one at a time, and small ones have more rounding
 
 @both
@@ -294,16 +314,20 @@ def test_R16_inputs_and_outputs_may_be_edited_parameters_and_buffers_not(make):
     for half,name in (('f','norm.weight'),('g','(norm|0).weight')):
         loss = loss_of(m, xs)
         with torch.no_grad(): next(getattr(blocks_of(m)[1], half).parameters()).mul_(1) # the value does not matter
-        with pytest.raises(RuntimeError, match=f"'{name}' in {half} of block 1 was changed between forward and backward.*{REMEDY}"): loss.backward()
+        with pytest.raises(RuntimeError, match=f"'{name}' in {half} of block 1 was changed between forward and "
+                                               f"backward.*{REMEDY}"): loss.backward()
         m.zero_grad()
     agrees(m, lambda: grads(m, xs))
 
-@pytest.mark.parametrize('name, edit', [('image6','fuse.mlp.fc1.weight'),('image6','f.norm.bias'),('clip5','f.fn.pool_q.conv.weight'),('clip5','g.fn.fc2.weight'),('clip5','proj.weight')])
+@pytest.mark.parametrize('name, edit', [('image6','fuse.mlp.fc1.weight'),('image6','f.norm.bias'),
+                                        ('clip5','f.fn.pool_q.conv.weight'),('clip5','g.fn.fc2.weight'),
+                                        ('clip5','proj.weight')])
 def test_R16_stage_transitions(name, edit):
     m,xs = CASES[name]()
     loss = loss_of(m, xs)
     with torch.no_grad(): m.transitions[0].get_parameter(edit).mul_(1)
-    with pytest.raises(RuntimeError, match=f"'{edit}' in .* was changed between forward and backward.*{REMEDY}"): loss.backward()
+    with pytest.raises(RuntimeError, match=f"'{edit}' in .* was changed between forward and backward.*{REMEDY}"):
+        loss.backward()
     m.zero_grad()
     agrees(m, lambda: grads(m, xs))
 
@@ -315,7 +339,8 @@ class Table(nn.Module):
 def test_R16_buffers():
     m,xs = stack(3, make=lambda i: (Tokens(8),Table())),streams()
     check_grads(m, *xs)
-    for edit in (lambda: m[2].g.table.mul_(2), lambda: setattr(m[2].g, 'table', m[2].g.table*2), lambda: m.load_state_dict(m.state_dict())):
+    for edit in (lambda: m[2].g.table.mul_(2), lambda: setattr(m[2].g, 'table', m[2].g.table*2),
+                 lambda: m.load_state_dict(m.state_dict())):
         loss = loss_of(m, xs)
         edit()
         with pytest.raises(RuntimeError, match="in g of block 2 was changed between"): loss.backward()
@@ -328,7 +353,8 @@ def test_R17_a_mode_switched_in_between_is_refused(make):
     for part,name in parts:
         loss = loss_of(m, xs)
         part.eval()
-        with pytest.raises(RuntimeError, match=f'{name}.* was switched between train.. and eval.. before backward.*{REMEDY}'): loss.backward()
+        with pytest.raises(RuntimeError, match=f'{name}.* was switched between train.. and eval.. before '
+                                               f'backward.*{REMEDY}'): loss.backward()
         m.train()
         m.zero_grad()
         loss = loss_of(m.eval(), xs)
@@ -339,16 +365,18 @@ def test_R17_a_mode_switched_in_between_is_refused(make):
     agrees(m, lambda: grads(m, xs))
 
 def later(m):
-    "How the names of parameters begin that a Rev-MViT uses behind the run of blocks `blocks_of(m)` and the transition at its end"
+    """How the names of parameters begin that a Rev-MViT uses behind the run of blocks `blocks_of(m)` and the
+    transition at its end"""
     if not isinstance(m, RevMViT): return []
     n,k = len(m.stages)-1,list(m.stages).index(blocks_of(m))
-    return ([f'stages.{i}.' for i in range(k+1, n+1)] + [f'transitions.{i}.' for i in range(k+1, n)] + ['neck']) if k<n else []
+    return ([f'stages.{i}.' for i in range(k+1, n+1)] + [f'transitions.{i}.'
+        for i in range(k+1, n)] + ['neck']) if k<n else []
 
 @pytest.mark.parametrize('half', 'fg')
 @both
 def test_R18_an_error_in_f_or_g_leaves_nothing_half_done(make, half):
-    """In forward or backward: no gradient in the run of blocks nor in its tail, those of what comes later whole, random states and modes as they were,
-    and the next step exact"""
+    """In forward or backward: no gradient in the run of blocks nor in its tail, those of what comes later whole, random
+    states and modes as they were, and the next step exact"""
     m,xs = make()
     trap = Trap(getattr(blocks_of(m)[1], half))
     put(m, half, 1, trap)
@@ -364,7 +392,8 @@ def test_R18_an_error_in_f_or_g_leaves_nothing_half_done(make, half):
     with pytest.raises(KeyError, match='trap'): loss.backward()
     assert rng_states()==was and torch.is_grad_enabled() and not torch.is_autocast_enabled(DEVICE.type) and m.training
     for (n,p),w in zip(m.named_parameters(), want): # what is behind blocks and tail, autograd did before
-        assert p.grad is None or n.startswith(('head',*later(m))) and error([p.grad], [w]) < 1e-9 or 'pool_k.norm.bias' in n, n
+        assert p.grad is None or n.startswith(('head',*later(m))) and error([p.grad],
+            [w]) < 1e-9 or 'pool_k.norm.bias' in n, n
     m.zero_grad()
     loss_of(m, xs).backward()
     assert error([p.grad for p in m.parameters()], want) < 1e-12
@@ -417,7 +446,8 @@ def test_R22_copies_fresh_and_used(make, other_process):
         want,twin = answers(m, xs),make()[0]
         for p in twin.parameters(): nn.init.zeros_(p)
         twin.load_state_dict(m.state_dict())
-        got = [answers(o, xs) for o in (copy.deepcopy(m), pickle.loads(pickle.dumps(m)), twin)] + [other_process(answers, m, xs)]
+        got = [answers(o, xs) for o in (copy.deepcopy(m), pickle.loads(pickle.dumps(m)),
+                                        twin)] + [other_process(answers, m, xs)]
         assert all(np.array_equal(a, b) for o in got for a,b in zip(o, want, strict=True))
     assert list(m.state_dict())==plain(m, lambda: list(m.state_dict()))
 
@@ -436,18 +466,22 @@ def wide(kind, depth):
         m,xs = vit(depth, 128, dtype=torch.float32, b=256, dim=48, heads=4)
         for o in m.blocks: o.drop_path = .05
         return m,xs
-    return stack(depth, .3, .2, 64, lambda i: (nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU(), nn.Dropout(.3), nn.Linear(64, 64)),mlp(64)),
+    return stack(depth, .3, .2, 64,
+                 lambda i: (nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU(), nn.Dropout(.3),
+                                          nn.Linear(64, 64)),mlp(64)),
                  dtype=torch.float32),streams(512, 16, 64, dtype=torch.float32)
 
 def memory(kind):
-    "Peak bytes of tensors in a step at depths 4 and 16, then as the kernel sees it: extra peak at depth 16, of plain at 16, growth in 50 forwards; and whether the inputs survived"
+    """Peak bytes of tensors in a step at depths 4 and 16, then as the kernel sees it: extra peak at depth 16, of
+    plain at 16, growth in 50 forwards; and whether the inputs survived"""
     torch.set_num_threads(1)
     peaks = []
     for depth,on in ((4,True),(16,True),(16,False)):
         m,xs = wide(kind, depth)
         m.set_reversible(on)
         def step(): loss_of(m, xs).backward()
-        if on: # the kernel counts pages, half a megabyte up or down: enough to compare with plain, not to see one part in twenty
+        # the kernel counts pages, half a megabyte up or down: enough to compare with plain, not to see a twentieth
+        if on:
             step() # the buffers of the weights' gradients exist from here on
             peaks.append(peak_bytes(step))
         if depth==16: peaks.append(extra_peak(step))
@@ -459,7 +493,8 @@ def memory(kind):
     return *peaks,grown,intact
 
 @pytest.mark.skipif(DEVICE.type!='cpu', reason='asks the kernel of the host; test_gpu.py asks the device')
-@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason="Linux counts a process's peak memory, others do not")
+@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason="Linux counts a process's "
+                    "peak memory, others do not")
 @pytest.mark.parametrize('kind', [sequence, vit])
 def test_R23_memory_does_not_grow_with_depth(kind, other_process):
     at4,at16,taken,stored,grown,intact = other_process(memory, kind)
@@ -475,10 +510,12 @@ def step_bytes(m, xs):
 @pytest.mark.parametrize('kind, rate', [(mvit,0),(clip,1)])
 @pytest.mark.parametrize('stage', [0,1,2])
 def test_R23_blocks_in_any_stage_of_a_rev_mvit_are_free(kind, stage, rate):
-    "Bytes kept and peak do not know how many blocks a stage has, but for the states of the random generator: 5,056 bytes for each part of a half with dropout"
+    """Bytes kept and peak do not know how many blocks a stage has, but for the states of the random generator: 5,056
+    bytes for each part of a half with dropout"""
     def measured(n):
         m,xs = kind({0:(n,n+2), 1:(1,n+2), 2:(1,3)}[stage], n+4, 2, rate, torch.float32, b=4)
-        for o in (o for s in m.stages for o in s): o.drop_path = .1*rate # it rises with the depth, and with it the images that are left
+        # it rises with the depth, and with it the images that are left
+        for o in (o for s in m.stages for o in s): o.drop_path = .1*rate
         return step_bytes(m, xs)
     (kept1,peak1),(kept4,peak4) = measured(1),measured(4)
     assert kept4==kept1 and peak4-peak1 <= rate*3*2*2*5300, (peak1,peak4)
@@ -528,7 +565,8 @@ def test_R24_drift_is_measured_by_one_call_per_block_and_warns(kind):
         for s,_ in runs(m, xs):
             for p in s.parameters(): p.mul_(16 if kind==sequence else 64)
     for (s,o),e in zip(runs(m, xs), errors):
-        with pytest.warns(UserWarning, match=f'the input of block [0-{len(s)-1}] is rebuilt with an error of .*the limit of 1e-05'): worse = drift(s, *o, limit=1e-5)
+        with pytest.warns(UserWarning, match=f'the input of block [0-{len(s)-1}] is rebuilt with an error of .*the '
+                                             f'limit of 1e-05'): worse = drift(s, *o, limit=1e-5)
         assert max(worse) > 3*max(e)
 
 # ---------------------------------------------------------------- inputs: R25 and R26
@@ -546,7 +584,8 @@ def test_R25_batches_of_one_and_of_none(make, b):
 def test_R25_memory_layouts():
     m,(x,) = vit(3, 2)
     wide = torch.randn(5, 3, 32, 64, dtype=torch.float64, device=DEVICE)
-    for o in (x.contiguous(memory_format=torch.channels_last), wide[...,::2], x.transpose(2, 3), x[:1].expand(5, 3, 32, 32)): check_grads(m, o)
+    for o in (x.contiguous(memory_format=torch.channels_last), wide[...,::2], x.transpose(2, 3),
+              x[:1].expand(5, 3, 32, 32)): check_grads(m, o)
     m,(a,b) = sequence(3, 2)
     strided = lambda o: o.transpose(0, 2).contiguous().transpose(0, 2)
     check_grads(m, strided(a), b[:,:1].expand_as(b))
@@ -556,7 +595,8 @@ def test_R25_memory_layouts():
 def test_R25_memory_layouts_of_a_rev_mvit(name):
     m,(x,) = CASES[name](b=3)
     last = torch.channels_last if x.ndim==4 else torch.channels_last_3d
-    for o in (x.contiguous(memory_format=last), torch.cat((x,x), -1)[...,::2], x.transpose(-2, -1), x[:1].expand(x.shape), x.flip(0).transpose(0, 1).contiguous().transpose(0, 1)): check_grads(m, o)
+    for o in (x.contiguous(memory_format=last), torch.cat((x,x), -1)[...,::2], x.transpose(-2, -1),
+              x[:1].expand(x.shape), x.flip(0).transpose(0, 1).contiguous().transpose(0, 1)): check_grads(m, o)
 
 @pytest.mark.parametrize('name', ['vit3', 'clip5', 'image7'])
 def test_R25_weights_in_channels_last(name):
@@ -566,13 +606,25 @@ def test_R25_weights_in_channels_last(name):
     check_grads(m.to(memory_format=last), x.contiguous(memory_format=last))
 
 ZEROS = torch.zeros
-@pytest.mark.parametrize('model, x, words', [('vit',ZEROS(2, 3, 32, 32, dtype=torch.uint8),'normalised float images, got torch.uint8'), ('vit',ZEROS(2, 1, 32, 32),'expected 3 channels, got 1'),
-    ('vit',ZEROS(2, 3, 33, 32),'multiples of the patch, 8x8 pixels: got 33x32'), ('vit',ZEROS(3, 32, 32),r'\(B, 3, H, W\), got \(3, 32, 32\)'), ('vit',ZEROS(2, 3, 4, 32, 32),r'\(B, 3, H, W\), got \(2, 3, 4, 32, 32\)'),
-    ('image',ZEROS(2, 3, 16, 16, dtype=torch.uint8),'normalised float images, got torch.uint8'), ('image',ZEROS(2, 4, 16, 16),'expected 3 channels, got 4'), ('image',ZEROS(2, 3, 16, 15),'multiples of the patch, 2x2 pixels: got 16x15'),
-    ('image',ZEROS(2, 3, 0, 16),'got 0x16'), ('image',ZEROS(3, 16, 16),r'\(B, 3, H, W\), got \(3, 16, 16\)'), ('image',ZEROS(2, 3, 4, 16, 16),r'expected images of shape \(B, 3, H, W\), got \(2, 3, 4, 16, 16\)'),
-    ('clip',ZEROS(2, 3, 4, 16, 16, dtype=torch.uint8),'normalised float clips, got torch.uint8'), ('clip',ZEROS(2, 4, 3, 16, 16),'expected 3 channels, got 4'), ('clip',ZEROS(2, 3, 4, 18, 16),'multiples of the patch, 2x4x4: got 4x18x16'),
-    ('clip',ZEROS(2, 3, 3, 16, 16),'number of frames.* multiples of the patch, 2x4x4: got 3x16x16'), ('clip',ZEROS(2, 3, 1, 16, 16),'got 1x16x16'), ('clip',ZEROS(2, 3, 16, 16),r'expected clips of shape \(B, 3, T, H, W\), got \(2, 3, 16, 16\)')],
-    ids=lambda o: None if isinstance(o, str) else 'x'.join(map(str, o.shape))+(' uint8' if o.dtype==torch.uint8 else ''))
+@pytest.mark.parametrize('model, x, words', [('vit',ZEROS(2, 3, 32, 32, dtype=torch.uint8),'normalised float images, '
+                                              'got torch.uint8'), ('vit',ZEROS(2, 1, 32, 32),'expected 3 channels, got '
+                                                  '1'),
+    ('vit',ZEROS(2, 3, 33, 32),'multiples of the patch, 8x8 pixels: got 33x32'),
+    ('vit',ZEROS(3, 32, 32),r'\(B, 3, H, W\), got \(3, 32, 32\)'), ('vit',ZEROS(2, 3, 4, 32, 32),r'\(B, 3, H, W\), got '
+        r'\(2, 3, 4, 32, 32\)'),
+    ('image',ZEROS(2, 3, 16, 16, dtype=torch.uint8),'normalised float images, got torch.uint8'),
+    ('image',ZEROS(2, 4, 16, 16),'expected 3 channels, got 4'), ('image',ZEROS(2, 3, 16, 15),'multiples of the patch, '
+        '2x2 pixels: got 16x15'),
+    ('image',ZEROS(2, 3, 0, 16),'got 0x16'), ('image',ZEROS(3, 16, 16),r'\(B, 3, H, W\), got \(3, 16, 16\)'),
+    ('image',ZEROS(2, 3, 4, 16, 16),r'expected images of shape \(B, 3, H, W\), got \(2, 3, 4, 16, 16\)'),
+    ('clip',ZEROS(2, 3, 4, 16, 16, dtype=torch.uint8),'normalised float clips, got torch.uint8'),
+    ('clip',ZEROS(2, 4, 3, 16, 16),'expected 3 channels, got 4'), ('clip',ZEROS(2, 3, 4, 18, 16),'multiples of the '
+        'patch, 2x4x4: got 4x18x16'),
+    ('clip',ZEROS(2, 3, 3, 16, 16),'number of frames.* multiples of the patch, 2x4x4: got 3x16x16'),
+    ('clip',ZEROS(2, 3, 1, 16, 16),'got 1x16x16'), ('clip',ZEROS(2, 3, 16, 16),r'expected clips of shape \(B, 3, T, H, '
+                                                    r'W\), got \(2, 3, 16, 16\)')],
+    ids=lambda o: None
+    if isinstance(o, str) else 'x'.join(map(str, o.shape))+(' uint8' if o.dtype==torch.uint8 else ''))
 def test_R25_wrong_images_are_refused_in_a_sentence(model, x, words):
     make = dict(vit='vit3', image='image6', clip='clip5')[model]
     with pytest.raises(ValueError, match=words): CASES[make](dtype=torch.float32)[0](x)
@@ -582,7 +634,8 @@ def test_R25_another_size_of_image():
     assert m(*images(2, 64)).shape==(2,5)
     check_grads(m, *images(2, 48))
 
-@pytest.mark.parametrize('name, shape', [('image6',(24,16)), ('image7',(10,14)), ('clip5',(4,16,24)), ('clip6',(8,12,20)), ('clip5',(2,4,4)), ('clip6',(6,20,8))], ids=str)
+@pytest.mark.parametrize('name, shape', [('image6',(24,16)), ('image7',(10,14)), ('clip5',(4,16,24)),
+                                         ('clip6',(8,12,20)), ('clip5',(2,4,4)), ('clip6',(6,20,8))], ids=str)
 def test_R25_other_sizes_and_numbers_of_frames(name, shape):
     "Not square, odd grids, a single token; the position embedding is resampled and gets its gradient"
     m,_ = CASES[name]()
@@ -590,7 +643,9 @@ def test_R25_other_sizes_and_numbers_of_frames(name, shape):
     assert m.eval()(x).shape==(3,5)
     check_grads(m.train(), x)
 
-@pytest.mark.parametrize('change, words', [(lambda x: x[:2],r'\(5, 3, 8\).* and \(2, 3, 8\)'), (lambda x: x.float(),'float64 .* and .* float32'), (lambda x: x[...,:7],r'and \(5, 3, 7\)')], ids=['batch','dtype','width'])
+@pytest.mark.parametrize('change, words', [(lambda x: x[:2],r'\(5, 3, 8\).* and \(2, 3, 8\)'),
+                                           (lambda x: x.float(),'float64 .* and .* float32'),
+                                           (lambda x: x[...,:7],r'and \(5, 3, 7\)')], ids=['batch','dtype','width'])
 def test_R25_streams_that_differ_are_refused(change, words):
     for m in (stack(3), stack(3).eval().requires_grad_(False)):
         with pytest.raises(ValueError, match='streams differ: .*'+words): m(streams()[0], change(streams()[1]))

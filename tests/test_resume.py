@@ -1,4 +1,5 @@
-"What `revvit_train --resume` finds after kill -9 at every place before and after the first state, and after damage: the same bits as a run never stopped, or one sentence"
+"""What `revvit_train --resume` finds after kill -9 at every place before and after the first state, and after damage:
+the same bits as a run never stopped, or one sentence"""
 import json, os, shutil, signal
 from dataclasses import replace
 from pathlib import Path
@@ -62,9 +63,12 @@ def straight(tmp_path_factory):
     return path/'run'
 
 # event, order among callbacks, step; name of a file about to be written; what is left
-first = dict(step_0=(('before_batch', 0, 0), None, ['config.json']), step_3=(('after_batch', 90, 3), None, ['config.json']),
-    validation=(('before_validate', 90, 5), None, ['config.json']), log=(None, 'checkpoint', ['config.json', 'history.csv']),
-    checkpoint=(('after_epoch', 65, 5), None, ['checkpoint.pth', 'config.json', 'history.csv']), state=(None, 'state', ['checkpoint.pth', 'config.json', 'history.csv']))
+first = dict(step_0=(('before_batch', 0, 0), None, ['config.json']),
+    step_3=(('after_batch', 90, 3), None, ['config.json']),
+    validation=(('before_validate', 90, 5), None, ['config.json']),
+    log=(None, 'checkpoint', ['config.json', 'history.csv']),
+    checkpoint=(('after_epoch', 65, 5), None, ['checkpoint.pth', 'config.json', 'history.csv']),
+    state=(None, 'state', ['checkpoint.pth', 'config.json', 'history.csv']))
 
 @pytest.mark.parametrize('where,out', [*((o, ['--out', 'run']) for o in first), ('step_3', [])], ids=str)
 def test_killed_before_the_first_state(where, out, straight, tmp_path, capfd):
@@ -76,12 +80,15 @@ def test_killed_before_the_first_state(where, out, straight, tmp_path, capfd):
         assert names(run) == left and not states(run)
     capfd.readouterr()
     assert train(tmp_path, '--resume', *out) == 0
-    assert f'{run.relative_to(tmp_path)}: stopped before its first state, so the run begins again\n' in capfd.readouterr().out
+    assert (f'{run.relative_to(tmp_path)}: stopped before its first state, so the run begins '
+            f'again\n' in capfd.readouterr().out)
     assert same(end_of(run), end_of(straight)) and names(run) == names(straight)
     assert [o.name for o in run.parent.iterdir()] == [run.name] # no second run beside it
 
-@pytest.mark.parametrize('flags,step,newest', [(['--save-minutes', '1e-5'], 1, 'state-0-1.pth'), (['--save-minutes', '1e-5'], 8, 'state-1-3.pth'),
-    (['--save-steps', '1'], 1, 'state-0-1.pth'), (['--save-steps', '2', '--save-minutes', '1000'], 3, 'state-0-2.pth'), (['--save-steps', '4', '--save-minutes', '1e-5'], 3, 'state-0-3.pth')], ids=str)
+@pytest.mark.parametrize('flags,step,newest', [(['--save-minutes', '1e-5'], 1, 'state-0-1.pth'),
+    (['--save-minutes', '1e-5'], 8, 'state-1-3.pth'),
+    (['--save-steps', '1'], 1, 'state-0-1.pth'), (['--save-steps', '2', '--save-minutes', '1000'], 3, 'state-0-2.pth'),
+    (['--save-steps', '4', '--save-minutes', '1e-5'], 3, 'state-0-3.pth')], ids=str)
 def test_states_from_the_first_step_on(flags, step, newest, straight, tmp_path, capfd):
     assert train(tmp_path, '--out', 'run', *flags, kill=('after_batch', 90, step)) == -signal.SIGKILL
     assert states(tmp_path/'run')[0].name == newest
@@ -93,11 +100,15 @@ def test_another_command_does_not_begin_there(here, tmp_path):
     "What config.json says is what a state would say: another seed or recipe is another run"
     assert train(tmp_path, '--out', 'run', kill=('after_batch', 90, 2)) == -signal.SIGKILL
     was = (tmp_path/'run/config.json').read_bytes()
-    for args,said in ((['--seed', '5'], 'its --seed is 0, here it is 5'), (['--lr', '.1'], 'its --lr is 0.004, here it is 0.1'), (['--average', '.5'], 'its --average is 0.9, here it is 0.5')):
-        assert here('--out', 'run', '--resume', *args)[::2] == (2, f'revvit_train: run was begun by another command: {said}\n')
+    for args,said in ((['--seed', '5'], 'its --seed is 0, here it is 5'),
+                      (['--lr', '.1'], 'its --lr is 0.004, here it is 0.1'),
+                      (['--average', '.5'], 'its --average is 0.9, here it is 0.5')):
+        assert here('--out', 'run', '--resume', *args)[::2] == (2, f'revvit_train: run was begun by another command: '
+            f'{said}\n')
     assert (tmp_path/'run/config.json').read_bytes() == was and names(tmp_path/'run') == ['config.json']
 
-@pytest.mark.parametrize('text,state', [(b'', False), (b'\xff\xfe', False), (b'{"recipe": "dig', True), (b'[]', True)], ids=str)
+@pytest.mark.parametrize('text,state', [(b'', False), (b'\xff\xfe', False), (b'{"recipe": "dig', True), (b'[]', True)],
+                         ids=str)
 def test_config_half_written(text, state, straight, here, tmp_path):
     "It is written anew, beside a state and without one"
     if state: shutil.copytree(straight, tmp_path/'run')
@@ -105,13 +116,15 @@ def test_config_half_written(text, state, straight, here, tmp_path):
     (tmp_path/'run/config.json').write_bytes(text)
     code,out,err = here('--out', 'run', '--resume')
     assert (code, err) == (0, '') and 'run/config.json cannot be read: it is written anew\n' in out
-    assert json.loads((tmp_path/'run/config.json').read_text())['recipe'] == 'digits' and same(end_of(tmp_path/'run'), end_of(straight))
+    assert json.loads((tmp_path/'run/config.json').read_text())['recipe'] == 'digits'
+    assert same(end_of(tmp_path/'run'), end_of(straight))
 
 def test_config_missing(straight, here, tmp_path):
     shutil.copytree(straight, tmp_path/'run')
     (tmp_path/'run/config.json').unlink()
     code,out,err = here('--out', 'run', '--resume')
-    assert (code, err) == (0, '') and 'run/config.json is missing: it is written anew\n' in out and names(tmp_path/'run') == names(straight)
+    assert (code, err) == (0, '') and 'run/config.json is missing: it is written anew\n' in out
+    assert names(tmp_path/'run') == names(straight)
 
 def test_only_damaged_states(straight, here, tmp_path):
     "They are not thrown away: an error that says what one can do"
@@ -119,7 +132,8 @@ def test_only_damaged_states(straight, here, tmp_path):
     for o in states(tmp_path/'run'): o.write_bytes(o.read_bytes()[:5000])
     before = {o.name: o.read_bytes() for o in (tmp_path/'run').iterdir()}
     code,_,err = here('--out', 'run', '--resume')
-    assert (code, err) == (2, 'revvit_train: run: none of its 2 states can be read; begin again in another folder, or remove this one\n')
+    assert (code, err) == (2, 'revvit_train: run: none of its 2 states can be read; begin again in another folder, or '
+                              'remove this one\n')
     assert {o.name: o.read_bytes() for o in (tmp_path/'run').iterdir()} == before
 
 def test_complete(straight, here, tmp_path):
@@ -143,24 +157,29 @@ def test_what_is_no_run_before_its_first_state_is_left_alone(what, straight, her
         (run/'config.json').write_text('{"architectures": ["ViT"]}')
     if what == 'no config': [(run/o).unlink() for o in ('config.json', 'history.csv', 'history.png')]
     before = {o.name: o.read_bytes() for o in run.iterdir()}
-    assert here('--out', 'run', '--resume')[::2] == (2, 'revvit_train: run is not empty and holds no state to go on from: choose another folder, or delete this one first\n')
-    assert {o.name: o.read_bytes() for o in run.iterdir()} == before and load_model(run/'checkpoint.pth').num_classes == 10
+    assert here('--out', 'run', '--resume')[::2] == (2, 'revvit_train: run is not empty and holds no state to go on '
+                                                        'from: choose another folder, or delete this one first\n')
+    assert {o.name: o.read_bytes() for o in run.iterdir()} == before
+    assert load_model(run/'checkpoint.pth').num_classes == 10
 
 # ---------------------------------------------------------------- longer runs, and several batches a step
 
 def test_a_run_made_longer(here, tmp_path):
-    "Two epochs become four: the rates of the last ten steps are those of a run of four, a line says so, and fewer than before are refused"
+    """Two epochs become four: the rates of the last ten steps are those of a run of four, a line says so, and fewer
+    than before are refused"""
     assert here('--out', 'run')[0] == 0 and here('--out', 'long', '--epochs', '4')[0] == 0
     code,out,err = here('--out', 'run', '--epochs', '4', '--resume')
     assert (code, err) == (0, '') and '2 epochs become 4: the learning rate, ' in out
     lrs = [read_checkpoint(tmp_path/o/'state-4.pth')['extra']['history']['lrs'] for o in ('run','long')]
-    assert len(lrs[0]) == 20 and torch.allclose(lrs[0][10:], lrs[1][10:], rtol=1e-9) and not torch.allclose(lrs[0][:10], lrs[1][:10])
+    assert len(lrs[0]) == 20 and torch.allclose(lrs[0][10:], lrs[1][10:], rtol=1e-9)
+    assert not torch.allclose(lrs[0][:10], lrs[1][:10])
     assert len((tmp_path/'run/history.csv').read_text().splitlines()) == 5
     code,_,err = here('--out', 'run', '--epochs', '3', '--resume')
     assert code == 2 and 'its epochs is 4, here it is 3' in err.replace('--epochs', 'epochs')
 
 def test_a_state_waits_for_the_step(here, tmp_path):
-    "Saved after every batch, with two batches a step: states stand between steps alone, and a run from one of them ends with the same bits"
+    """Saved after every batch, with two batches a step: states stand between steps alone, and a run from one of them
+    ends with the same bits"""
     line = ['--accumulate', '2', '--epochs', '1', '--save-steps', '1']
     assert here('--out', 'run', *line)[0] == 0
     found = {o.name for o in states(tmp_path/'run')}

@@ -1,5 +1,6 @@
-"The self-check of the backward pass never fires on healthy training: the recipes of the digits and of the moving digits, and the publisher's small reference models,\
- in float32, as it is and on the grid, and under autocast. A few steps here, 200 of each in the slow variant. What it fires on stands in test_surgery.py."
+"""The self-check of the backward pass never fires on healthy training: the recipes of the digits and of the moving
+digits, and the publisher's small reference models, in float32, as it is and on the grid, and under autocast. A few
+steps here, 200 of each in the slow variant. What it fires on stands in test_surgery.py."""
 import json, random, zlib
 from dataclasses import replace
 from itertools import count, islice
@@ -24,11 +25,13 @@ def from_recipe(name, folder):
     "The recipe; fewer videos a step, which take long"
     r = replace(recipes[name], batch_size=64 if name == 'digits' else 8)
     dls = recipe_dls(r, folder if name == 'moving_digits' else None, workers=0, device='cpu')
-    return recipe_model(r, len(dls.vocab)),((x.as_subclass(torch.Tensor), y.as_subclass(torch.Tensor)) for x,y in looped(dls.train)),r.lr
+    return recipe_model(r, len(dls.vocab)),((x.as_subclass(torch.Tensor), y.as_subclass(torch.Tensor)) for x,
+                                            y in looped(dls.train)),r.lr
 
 def tensor(name, shape, seed):
     "The reference tensor of that name, as tests/reference describes it"
-    r = np.random.Generator(np.random.PCG64([zlib.crc32(name.encode()), seed])).standard_normal(shape).astype(np.float32)
+    r = (np.random.Generator(np.random.PCG64([zlib.crc32(name.encode()),
+                                              seed])).standard_normal(shape).astype(np.float32))
     if name.endswith('bias'): return torch.from_numpy(r*.1)
     if 'pos_embed' in name: return torch.from_numpy(r*.2)
     return torch.from_numpy(1 + .1*r if len(shape) == 1 else (r/np.sqrt(np.prod(shape[1:]))).astype(np.float32))
@@ -50,7 +53,8 @@ def from_reference(name, file):
     x = torch.randn(8, *case['input_shape'][1:], generator=torch.Generator().manual_seed(0))
     return model,((x[i%4*2:][:2], torch.arange(8)[i%4*2:][:2]) for i in count()),1e-3
 
-STARTS = {'digits': from_recipe, 'moving_digits': from_recipe, 'rev_vit_tiny': from_reference, 'rev_mvit_tiny': from_reference, 'rev_mvit_video_tiny': from_reference}
+STARTS = {'digits': from_recipe, 'moving_digits': from_recipe, 'rev_vit_tiny': from_reference,
+          'rev_mvit_tiny': from_reference, 'rev_mvit_video_tiny': from_reference}
 WAYS = {'float32': (False, None), 'float32, grid': (False, True), 'bfloat16': (True, None)}   # autocast, exact
 
 def train(name, folder, steps, autocast, exact):
@@ -92,6 +96,8 @@ slowly = pytest.param(200, marks=pytest.mark.slow)
 @pytest.mark.parametrize('name', STARTS)
 def test_never_fires_on_healthy_training(name, way, steps, folder, tmp_path, checks):
     losses = train(name, folder if name == 'moving_digits' else tmp_path/'published.pth', steps, *WAYS[way])
-    print(f'{name}, {way}: {len(checks)} comparisons, at most {max(checks):.2g} of the limit; loss {np.mean(losses[:5]):.3f} to {np.mean(losses[-5:]):.3f}')
-    assert len(checks) >= steps and max(checks) < (.2 if way == 'float32' else 1e-9)   # far from firing; on the grid the same bits
+    print(f'{name}, {way}: {len(checks)} comparisons, at most {max(checks):.2g} of the limit; loss '
+          f'{np.mean(losses[:5]):.3f} to {np.mean(losses[-5:]):.3f}')
+    # far from firing; on the grid the same bits
+    assert len(checks) >= steps and max(checks) < (.2 if way == 'float32' else 1e-9)
     assert np.isfinite(losses).all() and (steps < 100 or np.mean(losses[-5:]) < .8*np.mean(losses[:5]))

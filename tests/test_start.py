@@ -1,5 +1,6 @@
-"""How training starts: the published starting weights, parameter by parameter, and the first steps of the published recipes. From a start where all biases are zero a
-sample that was dropped whole stays zero, and each layer norm after it multiplies its gradient by a thousand: norms of millions, or NaN, in the first step."""
+"""How training starts: the published starting weights, parameter by parameter, and the first steps of the published
+recipes. From a start where all biases are zero a sample that was dropped whole stays zero, and each layer norm after it
+multiplies its gradient by a thousand: norms of millions, or NaN, in the first step."""
 import random
 from dataclasses import replace
 
@@ -41,8 +42,10 @@ def uniform(p, layer):
 
 RULES = {'linear weight': lambda p, _: normal(p) > 1e-6, 'convolution weight': lambda p, _: normal(p) > 1e-6,
          'pos_embed': lambda p, _: normal(p) > 1e-6, 'pos_embed_temporal': lambda p, _: normal(p) > 1e-6,
-         'linear bias': lambda p, _: bool((p == torch.tensor(.02)).all()), 'norm bias': lambda p, _: bool((p == torch.tensor(.02)).all()),
-         'norm weight': lambda p, _: bool((p == 1).all()), 'convolution bias': lambda p, layer: uniform(p, layer) > 1e-6}
+         'linear bias': lambda p, _: bool((p == torch.tensor(.02)).all()),
+         'norm bias': lambda p, _: bool((p == torch.tensor(.02)).all()),
+         'norm weight': lambda p, _: bool((p == 1).all()),
+         'convolution bias': lambda p, layer: uniform(p, layer) > 1e-6}
 
 def strangers(model): return [n for kind,n,p,layer in kinds(model) if not RULES[kind](p, layer)]
 
@@ -53,7 +56,8 @@ def test_every_parameter_starts_as_the_publishers(name):
     counts = {}
     for kind,*_ in kinds(model): counts[kind] = counts.get(kind, 0)+1
     blocks = 12 if 'mvit' not in name else 16
-    # by hand: qkv, proj, fc1, fc2 and two norms a block; the last norm and the classifier. Pooling has two convolutions with norms a block and a third in each of the three
+    # by hand: qkv, proj, fc1, fc2 and two norms a block; the last norm and the classifier. Pooling has two convolutions
+    # with norms a block and a third in each of the three
     # transitions; these fuse streams by the two layers of an MLP, or average them and project the residual by one
     pools = 0 if 'mvit' not in name else 2*blocks+3
     linear = 4*blocks + 1 + (6 if name == 'rev_mvit_b' else 3 if 'mvit' in name else 0)
@@ -66,7 +70,8 @@ def test_every_parameter_starts_as_the_publishers(name):
 def test_drawn_again_and_a_new_classifier(name):
     "From empty memory, after training, and the head of other classes"
     small = dict(embed_dim=16, num_heads=2, depth=3) if 'mvit' not in name else dict(embed_dim=16, depth=5)
-    r = replace(recipes[name], model_args={**recipes[name].model_args, **small, **({'stage_starts': (2,)} if 'mvit' in name else {})})
+    r = replace(recipes[name], model_args={**recipes[name].model_args, **small,
+                                           **({'stage_starts': (2,)} if 'mvit' in name else {})})
     with torch.device('meta'): model = recipe_model(r, 7)
     model = model.to_empty(device='cpu')
     with torch.no_grad():
@@ -80,7 +85,7 @@ def test_drawn_again_and_a_new_classifier(name):
     model.double().reset_classifier(3)
     assert model.head.weight.dtype == torch.float64 and (model.head.bias == .02).all()
 
-# ---------------------------------------------------------------- the first steps of the published recipes, on scikit-learn's digits
+# --- the first steps of the published recipes, on scikit-learn's digits
 
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
@@ -89,7 +94,8 @@ def images(tmp_path_factory):
     for c in range(10):
         for part,some in (('train', slice(32)), ('val', slice(32, 34))):
             (root/part/str(c)).mkdir(parents=True)
-            for i,o in enumerate(pixels[labels == c][some]): picture(o).resize((48, 40)).save(root/part/str(c)/f'{i}.png')
+            for i,o in enumerate(pixels[labels == c][some]):
+                picture(o).resize((48, 40)).save(root/part/str(c)/f'{i}.png')
     return root
 
 def picture(pixels): return Image.fromarray((pixels.reshape(8, 8)*15.9).astype(np.uint8)).convert('RGB')
@@ -107,7 +113,8 @@ def videos(tmp_path_factory):
                 frame.paste(picture(pixels[i]).resize((20, 20)), (t, 8) if i%2 else (14, t))
                 c.mux(s.encode(av.VideoFrame.from_image(frame)))
             c.mux(s.encode())
-    for part,some in (('train', range(16)), ('val', range(16, 18))): (root/f'{part}.csv').write_text(''.join(f'{i}.mp4 {i%2}\n' for i in some))
+    for part,some in (('train', range(16)), ('val', range(16, 18))):
+        (root/f'{part}.csv').write_text(''.join(f'{i}.mp4 {i%2}\n' for i in some))
     return root
 
 class Watch(Callback):
@@ -118,7 +125,8 @@ class Watch(Callback):
         for o in getattr(self.model, 'drops', ()): o.register_forward_hook(lambda m, x, y: self.count(y))
     def count(self, y): self.dropped += int((y.flatten(1) == 0).all(1).sum())
     def before_step(self):
-        assert self.loss.isfinite() and all(p.grad.isfinite().all() for p in self.model.parameters()), f"step {len(self.norms)+1}"
+        assert self.loss.isfinite() and all(p.grad.isfinite().all()
+                                            for p in self.model.parameters()), f"step {len(self.norms)+1}"
         self.norms.append(float(get_total_norm([p.grad for p in self.model.parameters()])))
     def after_step(self):
         if len(self.norms) == self.steps: raise CancelFitException
@@ -138,7 +146,8 @@ SLIM = dict(vit=dict(embed_dim=12, num_heads=2), mvit=dict(embed_dim=8))   # nar
 @each
 def test_fifty_steps_of_a_published_recipe(name, images, videos):
     "Its own augmentation, mixing, drop rates and depth, a narrow model, 32 images or 16 videos twice a step"
-    seen = watched(name, images, videos, 16 if '16x4' in name else 32, 32, 4, 50, **SLIM['mvit' if 'mvit' in name else 'vit'])
+    seen = watched(name, images, videos, 16 if '16x4' in name else 32, 32, 4, 50,
+                   **SLIM['mvit' if 'mvit' in name else 'vit'])
     assert seen.dropped or 'mvit' not in name
 
 # the real size (224 pixels, 16 frames) takes minutes, and its parameters differ in the number of position vectors alone
@@ -159,7 +168,9 @@ class First(nn.Module):
 def test_a_sample_dropped_at_any_transition(name, where):
     "As deep as published; before the first steps the norm was beyond 1e6, or no number, wherever blocks follow"
     size = dict(embed_dim=8, drop_path_rate=0.)
-    r = replace(recipes[name], image_cfg={**recipes[name].image_cfg, 'input_size': (3, *((4,) if '16x4' in name else ()), 64, 64)}, model_args={**recipes[name].model_args, **size})
+    r = replace(recipes[name], image_cfg={**recipes[name].image_cfg,
+                                          'input_size': (3, *((4,) if '16x4' in name else ()), 64, 64)},
+                model_args={**recipes[name].model_args, **size})
     model,(_,*rest) = recipe_model(r, 5),r.image_cfg['input_size']
     assert all(isinstance(o, DropPath) for o in model.drops)
     model.drops[where] = First()
@@ -174,8 +185,10 @@ def test_recipe_model_and_loaders_say_the_same(name):
     r = recipes[name]
     model = timm.create_model(r.model, embed_dim=8*12)
     clips = '16x4' in name
-    assert {k: model.pretrained_cfg[k] for k in r.image_cfg} == r.image_cfg == {k: v for k,v in input_settings(model).items() if k in r.image_cfg}
-    assert set(r.image_cfg) >= {'input_size', 'mean', 'std', 'interpolation', 'crop_pct', *(('frame_stride', 'frame_rate') if clips else ())}
+    assert {k: model.pretrained_cfg[k] for k in r.image_cfg} == r.image_cfg == {k: v for k,
+        v in input_settings(model).items() if k in r.image_cfg}
+    assert set(r.image_cfg) >= {'input_size', 'mean', 'std', 'interpolation', 'crop_pct',
+                                *(('frame_stride', 'frame_rate') if clips else ())}
     assert r.image_cfg['interpolation'] == ('bilinear' if clips else 'bicubic')
     aug = ClipAugment(r.image_cfg, **r.aug) if clips else train_tfm(r.image_cfg, **r.aug)
     crop,rand = (aug.crop,aug.rand_augment(256)) if clips else (aug.transforms[0],aug.transforms[2])
@@ -185,14 +198,18 @@ def test_recipe_model_and_loaders_say_the_same(name):
 @pytest.mark.parametrize('how', ['bilinear', 'bicubic'])
 def test_clips_are_resized_as_their_settings_say(how, videos):
     "The test-time resize and the one before training's augmentation, against PyTorch's of whole frames"
-    path,cfg = videos/'0.mp4',dict(recipes['rev_mvit_b_16x4'].image_cfg, mean=(0.,)*3, std=(1.,)*3, crop_pct=1., interpolation=how)
-    def small(frames, how): return interpolate(frames.float(), (16,19), mode=how, align_corners=False, antialias=True).clamp(0, 255)
-    def test_time(*size): return (ClipTransform({**cfg, 'input_size': (3,4,*size)})(path)[0]*255).transpose(0, 1)   # 3 T H W -> T 3 H W
+    path,cfg = videos/'0.mp4',dict(recipes['rev_mvit_b_16x4'].image_cfg, mean=(0.,)*3, std=(1.,)*3, crop_pct=1.,
+                                   interpolation=how)
+    def small(frames, how):
+        return interpolate(frames.float(), (16,19), mode=how, align_corners=False, antialias=True).clamp(0, 255)
+    # 3 T H W -> T 3 H W
+    def test_time(*size): return (ClipTransform({**cfg, 'input_size': (3,4,*size)})(path)[0]*255).transpose(0, 1)
     def train(*size):
         random.seed(0)
         return TrainClips({**cfg, 'input_size': (3,4,*size)}, lambda o: o)(path)[0]
     other = dict(bilinear='bicubic', bicubic='bilinear')[how]
-    for got,whole,cut in ((test_time(16,16), test_time(40,48), slice(2, 18)), (train(16,16), train(40,48), slice(None))):
+    for got,whole,cut in ((test_time(16,16), test_time(40,48), slice(2, 18)),
+                          (train(16,16), train(40,48), slice(None))):
         near,far = ((got-small(whole, o)[...,cut]).abs().max() for o in (how, other))
         assert near < 5 and far > 10
 
@@ -200,7 +217,8 @@ def test_clips_are_resized_as_their_settings_say(how, videos):
 def test_posterizing_to_no_bits_is_black(kind):
     "Magnitude 10, which the recipe of Rev-MViT-B reaches; newer Pillows refuse to keep 0 bits"
     cfg = recipes['rev_mvit_b' if kind == 'images' else 'rev_mvit_b_16x4'].image_cfg
-    ops = (train_tfm(cfg, 'rand-m10-inc1').transforms[2] if kind == 'images' else ClipAugment(cfg, 'rand-m10-inc1').rand_augment(64)).ops
+    ops = (train_tfm(cfg, 'rand-m10-inc1').transforms[2]
+           if kind == 'images' else ClipAugment(cfg, 'rand-m10-inc1').rand_augment(64)).ops
     op, = (o for o in ops if o.name == 'PosterizeIncreasing')
     op.prob,photo = 1.,Image.fromarray(np.random.RandomState(0).randint(1, 255, (8,8,3), np.uint8))
     assert np.asarray(op(photo)).max() == 0 and op(photo).size == photo.size

@@ -1,4 +1,5 @@
-"A step made weight by weight in the backward pass is the ordinary step to the bit, and refuses what needs all gradients"
+"""A step made weight by weight in the backward pass is the ordinary step to the bit, and refuses what needs all
+gradients"""
 import copy
 from contextlib import nullcontext
 from dataclasses import replace
@@ -96,7 +97,8 @@ def fitted(learn, n=2, **kw):
 
 def weights(learn): return list(learn.model.state_dict().values())
 
-@pytest.mark.parametrize('change', [{}, dict(average=.9), dict(layer_decay=.7), dict(mixup=.8), dict(freeze=1)], ids=str)
+@pytest.mark.parametrize('change', [{}, dict(average=.9), dict(layer_decay=.7), dict(mixup=.8), dict(freeze=1)],
+                         ids=str)
 @pytest.mark.parametrize('gpu', [False,True])
 def test_a_run_ends_with_the_same_weights(gpu, change):
     "With the optimizer of a CPU, and with that of a GPU, which reads its check later"
@@ -148,7 +150,8 @@ def test_a_loss_that_is_not_finite_moves_nothing():
     with torch.no_grad(): learn.model.head.bias[0] = float('nan')
     was = copy.deepcopy(learn.model.state_dict())
     with pytest.raises(NonFiniteError, match='the weights are those of step 0'): fitted(learn)
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a,b in zip(was.values(), learn.model.state_dict().values()))
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a,
+               b in zip(was.values(), learn.model.state_dict().values()))
 
 def test_a_rate_can_be_looked_for():
     learn = learner(early)
@@ -159,7 +162,8 @@ def test_a_rate_can_be_looked_for():
 
 @pytest.mark.parametrize('cb,said', [(GradientClip(1.), 'clipping'), (GradientAccumulation(64), 'accumulation')])
 def test_callbacks_that_need_all_gradients(cb, said):
-    with pytest.raises(ValueError, match=f'step_in_backward=True does not go with {said}: it needs all gradients at once; '):
+    with pytest.raises(ValueError, match=f'step_in_backward=True does not go with {said}: it needs all '
+                                         f'gradients at once; '):
         fitted(learner(early), cbs=cb)
 
 def test_several_processes_and_scales():

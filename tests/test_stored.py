@@ -1,5 +1,5 @@
-"""Nothing bypasses the saving in silence: a block that goes by ordinary autograd, for whatever reason, says so once, with what it stores.
-FSDP stands in `test_distributed.py`."""
+"""Nothing bypasses the saving in silence: a block that goes by ordinary autograd, for whatever reason, says so once,
+with what it stores. FSDP stands in `test_distributed.py`."""
 import re, types, warnings
 
 import pytest, torch
@@ -18,7 +18,8 @@ class Other(ReversibleBlock):
 def _own_class(b): b.__class__ = Other
 def _compile(b): b.compile(backend='eager')
 
-SAYS = re.compile(r'(.*) goes by ordinary autograd, because (.*): it stores ([\d.e+-]+) MB of activations that would be rebuilt')
+SAYS = re.compile(r'(.*) goes by ordinary autograd, because (.*): it stores ([\d.e+-]+) MB of activations that would '
+                  r'be rebuilt')
 def told(fn):
     "Who stores, why and how many megabytes, as the warnings during `fn()` say"
     with warnings.catch_warnings(record=True) as heard:
@@ -32,11 +33,14 @@ def stored(b, xs):
     told(lambda: b(*xs))
     return saved_bytes(lambda: b(*xs), b, *xs)/1e6
 
-@pytest.mark.parametrize('bypass,why', [(_hook,'there is a hook on it'), (_pre_hook,'there is a hook on it'), (_backward_hook,'there is a hook on it'), (_backward_pre_hook,'there is a hook on it'),
-    (_own_forward,'it has a forward of its own'), (_own_class,'it has a forward of its own'), (_compile,'it is compiled (compile its F and G instead)')], ids=lambda o: getattr(o, '__name__', ''))
+@pytest.mark.parametrize('bypass,why', [(_hook,'there is a hook on it'), (_pre_hook,'there is a hook on it'),
+    (_backward_hook,'there is a hook on it'), (_backward_pre_hook,'there is a hook on it'),
+    (_own_forward,'it has a forward of its own'), (_own_class,'it has a forward of its own'),
+    (_compile,'it is compiled (compile its F and G instead)')], ids=lambda o: getattr(o, '__name__', ''))
 @pytest.mark.parametrize('depth', [3,6])
 def test_a_block_in_a_sequence_says_once_what_it_stores(bypass, why, depth):
-    "By number; the others are rebuilt as before, the gradient is the same, and neither evaluation nor the plain mode has anything to say"
+    """By number; the others are rebuilt as before, the gradient is the same, and neither evaluation nor the plain
+    mode has anything to say"""
     m,xs = stack(depth),streams(8)
     want,mb = grads(m, xs),stored(m[1], xs)
     free = saved_bytes(lambda: loss_of(m, xs), m, *xs)
@@ -51,7 +55,8 @@ def test_a_block_in_a_sequence_says_once_what_it_stores(bypass, why, depth):
 
 @pytest.mark.parametrize('p,drop_path', [(0,0), (.3,.2)])
 def test_blocks_called_one_by_one(p, drop_path):
-    "Each once, with the masks of a block that says nothing; by a sequence, without gradients, inside a checkpoint or frozen there is nothing to say"
+    """Each once, with the masks of a block that says nothing; by a sequence, without gradients, inside a checkpoint
+    or frozen there is nothing to say"""
     m,xs = stack(4, p, drop_path),streams(8)
     def loop():
         ys = xs

@@ -1,6 +1,7 @@
-"""What people do to a model, in variants of each kind, judged by a network written apart from the package (`apart.py`): outputs and gradients of inputs
-and parameters, `None` where plain autograd gives `None`. A case is exact, or refused in words that help, or warned of; it is never wrong without a word.
-The numbers are those of the list in which these faults were first reported."""
+"""What people do to a model, in variants of each kind, judged by a network written apart from the package (`apart.py`):
+outputs and gradients of inputs and parameters, `None` where plain autograd gives `None`. A case is exact, or refused in
+words that help, or warned of; it is never wrong without a word. The numbers are those of the list in which these faults
+were first reported."""
 import contextlib, contextvars, copy, functools, gc, itertools, threading, types, warnings
 
 import numpy as np, pytest, torch
@@ -18,16 +19,19 @@ from cases import CASES, clip, mlp, mvit, sequence, stack, streams, tailed, vit
 # ---------------------------------------------------------------- nets and verdicts
 
 def small(chunk=2): return vit(2, chunk, 0, b=3, dim=8)                                       # Rev-ViT: 2 blocks
-def picture(chunk=2): return mvit((1,), 3, chunk, 0, b=3, size=8, kv_stride=(1,2,2))          # Rev-MViT: streams fused by an MLP
-def film(chunk=2): return clip((1,), 3, chunk, 0, b=3)                                        # of clips: by their mean, then projected
+# Rev-MViT: streams fused by an MLP
+def picture(chunk=2): return mvit((1,), 3, chunk, 0, b=3, size=8, kv_stride=(1,2,2))
+# of clips: by their mean, then projected
+def film(chunk=2): return clip((1,), 3, chunk, 0, b=3)
 def seq(chunk=2): return sequence(3, chunk, 0)
 def tail(chunk=2): return tailed(3, chunk, 0)
 NETS = dict(vit=small, image=picture, clip=film, sequence=seq, tail=tail)
 def nets(names): return pytest.mark.parametrize('net', [NETS[n] for n in names.split()], ids=names.split())
 
 def verdict(net, change=lambda m, drop: None, around=contextlib.nullcontext, between=None, call=None, tol=1e-10):
-    """What comes of a step of `net()`, to which `change(model, drop)` was done, `drop(p)` being dropout whose draws the judge is told.
-    `around()` is entered for the step, `between(model)` runs between forward and backward, `call(model, *xs)` is the forward pass"""
+    """What comes of a step of `net()`, to which `change(model, drop)` was done, `drop(p)` being dropout whose draws the
+    judge is told. `around()` is entered for the step, `between(model)` runs between forward and backward, `call(model,
+    *xs)` is the forward pass"""
     book = Book()
     def side(judges):
         m,xs = net()
@@ -63,14 +67,16 @@ class Lora(nn.Module):
     def __init__(self, m, drop=None):
         super().__init__()
         self.m,self.drop = m.requires_grad_(False),drop or nn.Identity()
-        self.down = type(m)(m.in_channels, 2, m.kernel_size, m.stride, m.padding, bias=False) if hasattr(m, 'kernel_size') and m.groups==1 else None
+        self.down = type(m)(m.in_channels, 2, m.kernel_size, m.stride, m.padding,
+                            bias=False) if hasattr(m, 'kernel_size') and m.groups==1 else None
         if isinstance(m, nn.Linear): self.down = nn.Linear(m.in_features, 2, bias=False)
         wide = m.out_features if isinstance(m, nn.Linear) else m.out_channels
         self.up = nn.Parameter(torch.randn(wide, 2)) if self.down is not None else nn.Parameter(torch.randn(wide))
         double(self)
     def forward(self, x):
         o,z = self.m(x),self.drop(x)
-        if self.down is None: return o + self.m(z)*self.up.view(-1, *[1]*(o.ndim-2))  # a depthwise convolution: scaled by channel
+        # a depthwise convolution: scaled by channel
+        if self.down is None: return o + self.m(z)*self.up.view(-1, *[1]*(o.ndim-2))
         z = self.down(z)
         return o + (z@self.up.T if isinstance(self.m, nn.Linear) else torch.einsum('bc...,oc->bo...', z, self.up))
 
@@ -81,7 +87,8 @@ def test_00_the_judge_agrees_on_healthy_models(net, chunk): right(verdict(lambda
 @nets('vit image clip sequence')
 def test_00_the_judge_sees_a_wrong_gradient(net, monkeypatch):
     "A backward pass that is wrong by one part in a million is silent to everybody but the judge"
-    right(verdict(net, lambda m, drop: [p.register_hook(lambda g: g*1.000001) for p in list(m.parameters())[:1] if type(m).__module__.startswith('revvit')]), 'silent')
+    right(verdict(net, lambda m, drop: [p.register_hook(lambda g: g*1.000001) for p in list(m.parameters())[:1]
+                                        if type(m).__module__.startswith('revvit')]), 'silent')
 
 # ---------------------------------------------------------------- 1: parameters in another order
 
@@ -91,7 +98,8 @@ class Half(nn.Module):
 def by_prune(o): prune.random_unstructured(o, 'weight', .3); prune.remove(o, 'weight')
 def by_mask(o): prune.random_unstructured(o, 'weight', .3)
 def by_old_norm(o): nn.utils.remove_weight_norm(nn.utils.weight_norm(o))
-def by_parametrization(o): parametrize.register_parametrization(o, 'weight', Half()); parametrize.remove_parametrizations(o, 'weight')
+def by_parametrization(o):
+    parametrize.register_parametrization(o, 'weight', Half()); parametrize.remove_parametrizations(o, 'weight')
 def by_norm(o): nn.utils.parametrizations.weight_norm(o)
 def by_hand(o):
     w = o._parameters.pop('weight')
@@ -109,7 +117,9 @@ def test_01_parameters_in_another_order(layer, how): right(verdict(small, lambda
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('how', [by_prune,by_old_norm,by_hand])
-@pytest.mark.parametrize('layer', ['stages.1.0.g.norm','stages.1.0.g.fn.fc1','stages.0.0.f.fn.qkv','transitions.0.g.norm','transitions.0.g.fn.fc2','transitions.0.f.fn.qkv','transitions.0.f.fn.pool_q.conv','transitions.0.f.fn.pool_q.norm'])
+@pytest.mark.parametrize('layer', ['stages.1.0.g.norm','stages.1.0.g.fn.fc1','stages.0.0.f.fn.qkv',
+                                   'transitions.0.g.norm','transitions.0.g.fn.fc2','transitions.0.f.fn.qkv',
+                                   'transitions.0.f.fn.pool_q.conv','transitions.0.f.fn.pool_q.norm'])
 def test_01_parameters_in_another_order_in_stages(layer, how):
     right(verdict(picture, lambda m, drop: how(get(m, layer))))
 
@@ -138,8 +148,12 @@ def drawing_pre_hook(path):
         get(m, path).register_forward_pre_hook(lambda o, i: (d(i[0]),))
     return change
 P = 'transitions.0.'
-NOISE = {f'{w.__name__}-{p}':w(P+p) for w,p in [*itertools.product([behind,before,lora,drawing_hook,drawing_pre_hook], ['proj','f.fn.pool_q.conv','f.fn.qkv','f.fn.pool_k.conv','f.fn.proj']),
-    *itertools.product([behind,before,drawing_hook,drawing_pre_hook], ['f.fn.pool_q','f.fn.pool_q.norm','f.fn.pool_v','fuse','f.norm','f','g','g.fn.act'])] if not (w in (behind,before,drawing_pre_hook) and p=='fuse')
+NOISE = {f'{w.__name__}-{p}':w(P+p) for w,
+    p in [*itertools.product([behind,before,lora,drawing_hook,drawing_pre_hook],
+                             ['proj','f.fn.pool_q.conv','f.fn.qkv','f.fn.pool_k.conv','f.fn.proj']),
+    *itertools.product([behind,before,drawing_hook,drawing_pre_hook],
+                       ['f.fn.pool_q','f.fn.pool_q.norm','f.fn.pool_v','fuse','f.norm','f','g','g.fn.act'])]
+    if not (w in (behind,before,drawing_pre_hook) and p=='fuse')
     and not (w in (behind,before) and p in ('f',))}
 
 @pytest.mark.parametrize('change', NOISE.values(), ids=NOISE)
@@ -155,13 +169,15 @@ def test_02_a_generator_of_ones_own():
             super().__init__()
             self.g,self.book,self.judges = torch.Generator().manual_seed(3),book,judges
         def forward(self, x):
-            if not self.judges and self.book.writing: self.book.note('own', x, (torch.rand(x.shape, generator=self.g)>.3).to(x))
-            mask = self.book.find('own', x) if self.judges or self.book.writing else (torch.rand(x.shape, generator=self.g)>.3).to(x)
+            if not self.judges and self.book.writing:
+                self.book.note('own', x, (torch.rand(x.shape, generator=self.g)>.3).to(x))
+            mask = self.book.find('own', x) if self.judges or self.book.writing else (torch.rand(x.shape,
+                generator=self.g)>.3).to(x)
             return x*mask
     for path in ('transitions.0.proj','transitions.0.f.fn.pool_q'):
         right(verdict(film, lambda m, drop: wrap(m, path, lambda o: nn.Sequential(o, Own((d:=drop(0)).book, d.judge)))))
 
-# ---------------------------------------------------------------- 3: patches of classes and functions, hooks for all modules
+# --- 3: patches of classes and functions, hooks for all modules
 
 @contextlib.contextmanager
 def patched(owner, name, new):
@@ -174,10 +190,15 @@ def patched(owner, name, new):
 
 def twice(old, self, x, *a, **kw): return old(self, x*2, *a, **kw)
 def shifted(old, self, x, *a, **kw): return old(self, x, *a, **kw)+.1
-PATCHES = {f'{c.__name__}-{h.__name__}':functools.partial(patched, c, 'forward', h) for c in (Attention, Mlp, nn.GELU, nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.Conv2d, nn.Conv3d) for h in (twice, shifted)}
+PATCHES = {f'{c.__name__}-{h.__name__}':functools.partial(patched, c, 'forward', h)
+           for c in (Attention, Mlp, nn.GELU, nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.Conv2d,
+                     nn.Conv3d) for h in (twice, shifted)}
 PATCHES['Linear.__call__'] = functools.partial(patched, nn.Linear, '__call__', twice)
-PATCHES['Module.__call__'] = functools.partial(patched, nn.Module, '__call__', lambda old, self, *a, **kw: old(self, *a, **kw)*1.1 if type(self) is nn.LayerNorm else old(self, *a, **kw))
-FUNCTIONS = {n:functools.partial(patched, F, n, lambda old, x, *a, **kw: old(x, *a, **kw)*1.1) for n in ('gelu','linear','layer_norm','scaled_dot_product_attention','dropout')}
+PATCHES['Module.__call__'] = functools.partial(patched, nn.Module, '__call__',
+                                               lambda old, self, *a, **kw: old(self, *a, **kw)*1.1
+                                               if type(self) is nn.LayerNorm else old(self, *a, **kw))
+FUNCTIONS = {n:functools.partial(patched, F, n, lambda old, x, *a, **kw: old(x, *a, **kw)*1.1)
+             for n in ('gelu','linear','layer_norm','scaled_dot_product_attention','dropout')}
 
 @pytest.mark.parametrize('patch', PATCHES.values(), ids=PATCHES)
 @nets('vit image clip')
@@ -200,9 +221,12 @@ def hooked(register, hook):
     finally: handle.remove()
 
 def on(kind, new): return lambda m, *a: new(*a) if type(m) is kind else None
-GLOBAL = {f'{what}-{kind.__name__}':functools.partial(hooked, register, on(kind, new)) for kind in (nn.Linear, nn.LayerNorm, nn.GELU, Attention) for what,register,new in
-    (('forward', hooks.register_module_forward_hook, lambda i,o: o*1.1), ('pre', hooks.register_module_forward_pre_hook, lambda i: (i[0]*1.1,)),
-     ('backward', hooks.register_module_full_backward_hook, lambda i,o: tuple(None if g is None else g*1.1 for g in i)), ('backward_pre', hooks.register_module_full_backward_pre_hook, lambda o: tuple(g*1.1 for g in o)))}
+GLOBAL = {f'{what}-{kind.__name__}':functools.partial(hooked, register, on(kind, new))
+    for kind in (nn.Linear, nn.LayerNorm, nn.GELU, Attention) for what,register,new in
+    (('forward', hooks.register_module_forward_hook, lambda i,o: o*1.1),
+     ('pre', hooks.register_module_forward_pre_hook, lambda i: (i[0]*1.1,)),
+     ('backward', hooks.register_module_full_backward_hook, lambda i,o: tuple(None if g is None else g*1.1 for g in i)),
+     ('backward_pre', hooks.register_module_full_backward_pre_hook, lambda o: tuple(g*1.1 for g in o)))}
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('hook', GLOBAL.values(), ids=GLOBAL)
@@ -214,10 +238,12 @@ def test_03_hooks_for_all_modules(net, hook): right(verdict(net, around=hook))
 def rate(path, p=1.):
     def change(m, drop): get(m, path).p = p
     return change
-@pytest.mark.parametrize('path', ['blocks.1.f.fn.proj_drop','blocks.1.g.fn.drop1','blocks.1.g.fn.drop2','blocks.0.f.fn.attn_drop'])
+@pytest.mark.parametrize('path', ['blocks.1.f.fn.proj_drop','blocks.1.g.fn.drop1','blocks.1.g.fn.drop2',
+                                  'blocks.0.f.fn.attn_drop'])
 def test_04_dropout_of_all(path): right(verdict(small, rate(path)))
 
-@pytest.mark.parametrize('path', ['stages.1.0.f.fn.proj_drop','stages.0.0.g.fn.drop1','transitions.0.g.fn.drop2','transitions.0.f.fn.proj_drop','head_drop'])
+@pytest.mark.parametrize('path', ['stages.1.0.f.fn.proj_drop','stages.0.0.g.fn.drop1','transitions.0.g.fn.drop2',
+                                  'transitions.0.f.fn.proj_drop','head_drop'])
 @nets('image clip')
 def test_04_dropout_of_all_in_stages(net, path): right(verdict(net, rate(path)))
 
@@ -243,13 +269,19 @@ def method(path):
     "A method in its place"
     def change(m, drop):
         o = get(m, path)
-        o.forward = types.MethodType(lambda self, *a: tuple(t*1.2 for t in out) if isinstance(out:=type(self).forward(self, *a), tuple) else out*1.2, o)
+        o.forward = types.MethodType(lambda self, *a: tuple(t*1.2 for t in out)
+                                     if isinstance(out:=type(self).forward(self, *a), tuple) else out*1.2, o)
     return change
-PLACES = dict(vit='blocks.0 blocks.1.f blocks.0.g blocks.1.f.fn blocks.1.f.norm blocks.0.f.fn.qkv blocks.1.g.fn blocks.1.g.fn.fc1 blocks.1.g.fn.act blocks.0.g.norm neck neck.fusion head patch_embed patch_embed.proj',
-              clip='stages.0.0 stages.1.0.f stages.1.0.g stages.0.0.f.fn stages.0.0.f.fn.qkv stages.0.0.f.fn.pool_k stages.0.0.f.fn.pool_k.conv transitions.0.fuse transitions.0 transitions.0.f transitions.0.f.fn transitions.0.f.fn.pool_q transitions.0.f.fn.pool_q.conv transitions.0.proj transitions.0.g')
+PLACES = dict(vit='blocks.0 blocks.1.f blocks.0.g blocks.1.f.fn blocks.1.f.norm blocks.0.f.fn.qkv blocks.1.g.fn '
+                  'blocks.1.g.fn.fc1 blocks.1.g.fn.act blocks.0.g.norm neck neck.fusion head patch_embed '
+                  'patch_embed.proj',
+              clip='stages.0.0 stages.1.0.f stages.1.0.g stages.0.0.f.fn stages.0.0.f.fn.qkv stages.0.0.f.fn.pool_k '
+                   'stages.0.0.f.fn.pool_k.conv transitions.0.fuse transitions.0 transitions.0.f transitions.0.f.fn '
+                   'transitions.0.f.fn.pool_q transitions.0.f.fn.pool_q.conv transitions.0.proj transitions.0.g')
 
 @pytest.mark.parametrize('how', [instance,method])
-@pytest.mark.parametrize('net, path', [(n,p) for n in PLACES for p in PLACES[n].split()], ids=lambda o: o if isinstance(o, str) else None)
+@pytest.mark.parametrize('net, path', [(n,p) for n in PLACES for p in PLACES[n].split()], ids=lambda o: o
+                         if isinstance(o, str) else None)
 def test_05_forward_of_an_instance(net, path, how):
     "In training, and the same outputs without gradients"
     right(verdict(NETS[net], how(path)))
@@ -287,7 +319,9 @@ def test_06_two_threads_going_backward_through_one_model(net):
     threads = [threading.Thread(target=work, args=(i,)) for i in (0,1)]
     for t in threads: t.start()
     for t in threads: t.join()
-    for o,p,b in own: assert o._parameters.keys()==p.keys() and all(o._parameters[k] is v for k,v in p.items()) and all(o._buffers[k] is v for k,v in b.items())
+    for o,p,b in own:
+        assert o._parameters.keys()==p.keys() and all(o._parameters[k] is v for k,v in p.items())
+        assert all(o._buffers[k] is v for k,v in b.items())
     for i,g in found:
         if isinstance(g, BaseException): assert ours(g), g # refused
         else: assert distance(dict(enumerate_names(g)), dict(enumerate_names(want[i])))[1] < 1e-10
@@ -332,12 +366,16 @@ class Wait(nn.Module):
         return self.m(x)
 
 @pytest.mark.parametrize('chunk', [1,2,None])
-@pytest.mark.parametrize('net, path', [(small,'blocks.1.f'),(small,'blocks.0.g.fn'),(film,'stages.1.0.f'),(film,'transitions.0.f'),(film,'transitions.0.proj'),(seq,'1.g'),(small,'neck')])
+@pytest.mark.parametrize('net, path', [(small,'blocks.1.f'),(small,'blocks.0.g.fn'),(film,'stages.1.0.f'),
+                                       (film,'transitions.0.f'),(film,'transitions.0.proj'),(seq,'1.g'),(small,'neck')])
 def test_07_a_thread_that_draws_meanwhile(net, path, chunk):
     "Only what a module draws itself counts: such a model has no dropout"
-    right(verdict(lambda: net(chunk), lambda m, drop: wrap(m, path, lambda o: Wait(o, lambda: torch.rand(2)) if path!='neck' else Both(o, lambda: torch.rand(2)))), 'exact')
+    kind = Both if path=='neck' else Wait
+    def change(m, drop): return wrap(m, path, lambda o: kind(o, lambda: torch.rand(2)))
+    right(verdict(lambda: net(chunk), change), 'exact')
 @pytest.mark.parametrize('at', [0,1,2])
-@pytest.mark.parametrize('net, path', [(small,'blocks.1.f'),(film,'stages.1.0.g'),(seq,'1.g')], ids=['vit','clip','sequence'])
+@pytest.mark.parametrize('net, path', [(small,'blocks.1.f'),(film,'stages.1.0.g'),(seq,'1.g')],
+                         ids=['vit','clip','sequence'])
 def test_07_a_thread_that_draws_now_and_then(net, path, at):
     "During some parts of the batch and not during others, forwards or backwards"
     def change(m, drop):
@@ -358,7 +396,8 @@ class Both(Wait):
 def test_07_the_threads_generator_is_not_rewound(net, path):
     "Nobody's numbers come twice"
     drawn = []
-    def change(m, drop): wrap(m, path, lambda o: Wait(o, lambda: drawn.append(float(torch.rand((), dtype=torch.float64)))))
+    def change(m, drop):
+        wrap(m, path, lambda o: Wait(o, lambda: drawn.append(float(torch.rand((), dtype=torch.float64)))))
     m,xs = net(1)
     change(m, None)
     torch.manual_seed(0)
@@ -404,7 +443,8 @@ def keeps(how, path):
         if how=='hook': o.register_forward_hook(lambda o, i, out: m.box.append((i[0], out)))
         if how=='view': o.register_forward_pre_hook(lambda o, i: m.box.append((i[0][:,:1].detach(),)))
     return change
-KEPT = [(small,'blocks.0.f'),(small,'blocks.1.g'),(small,'blocks.1.f.norm'),(small,'blocks.1.g.fn.fc1'),(film,'stages.0.0.f'),(film,'stages.1.0.g'),(film,'transitions.0.f'),(seq,'0.f'),(seq,'2.g')]
+KEPT = [(small,'blocks.0.f'),(small,'blocks.1.g'),(small,'blocks.1.f.norm'),(small,'blocks.1.g.fn.fc1'),
+        (film,'stages.0.0.f'),(film,'stages.1.0.g'),(film,'transitions.0.f'),(seq,'0.f'),(seq,'2.g')]
 
 @pytest.mark.parametrize('when', ['after forward','after backward','in the loss'])
 @pytest.mark.parametrize('how', ['module','pre','hook','view'])
@@ -430,7 +470,8 @@ def test_08_what_is_kept_stays_what_it_was(net, path, how, when):
 class Reads(nn.Module):
     "A tail of the streams `which`"
     def __init__(self, which): super().__init__(); self.which,self.lin = which,nn.Linear(8, 3).double()
-    def forward(self, *ys): return sum((self.lin(ys[i]).mean(1) for i in self.which), self.lin.bias.expand(len(ys[0]), 3))
+    def forward(self, *ys):
+        return sum((self.lin(ys[i]).mean(1) for i in self.which), self.lin.bias.expand(len(ys[0]), 3))
 
 @pytest.mark.parametrize('depth', [1,2,3])
 @pytest.mark.parametrize('which', [(0,),(1,),(0,1),()], ids=str)
@@ -447,13 +488,16 @@ def test_09_a_tail_that_reads_one_stream(which, depth, chunk):
 def test_09_an_output_that_nobody_uses(used, depth):
     right(verdict(lambda: sequence(depth, 2, 0), call=lambda m, *xs: m(*xs)[used]))
 
-UNUSED = dict(detached=lambda m: Apply(m, lambda m,x: m(x).detach()), input_detached=lambda m: Apply(m, lambda m,x: m(x.detach())), constant=lambda m: Apply(m, lambda m,x: torch.ones_like(x)))
+UNUSED = dict(detached=lambda m: Apply(m, lambda m,x: m(x).detach()),
+              input_detached=lambda m: Apply(m, lambda m,x: m(x.detach())),
+              constant=lambda m: Apply(m, lambda m,x: torch.ones_like(x)))
 class Apply(nn.Module):
     def __init__(self, m, fn): super().__init__(); self.m,self.fn = m,fn
     def forward(self, x): return self.fn(self.m, x)
 @pytest.mark.parametrize('kind', UNUSED)
 @pytest.mark.parametrize('path', ['0.f','0.g','1.f','2.g'])
-def test_09_halves_whose_weights_have_no_gradient(path, kind): right(verdict(seq, lambda m, drop: wrap(m, path, UNUSED[kind])))
+def test_09_halves_whose_weights_have_no_gradient(path, kind):
+    right(verdict(seq, lambda m, drop: wrap(m, path, UNUSED[kind])))
 
 def test_09_weights_without_gradient_do_not_decay():
     m,xs = tailed(2, 2, 0)
@@ -485,7 +529,8 @@ def test_10_what_a_hook_holds_is_not_overwritten(net, how):
     m.zero_grad()
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack): loss = weighted(m(*xs))
     for _ in range(2): loss.backward(retain_graph=True)
-    assert all(torch.allclose(p.grad, 2*g, rtol=1e-9) for p,g in zip((p for p in m.parameters() if p.grad is not None), first))
+    assert all(torch.allclose(p.grad, 2*g, rtol=1e-9) for p,
+               g in zip((p for p in m.parameters() if p.grad is not None), first))
 
 # ---------------------------------------------------------------- 11: what plain autograd can do
 
@@ -505,25 +550,35 @@ class Tagged(torch.Tensor): "A subclass that does nothing of its own, as fastai'
 class Logged(torch.Tensor):
     "One that looks at each function"
     @classmethod
-    def __torch_function__(cls, func, kinds, args=(), kwargs=None): return super().__torch_function__(func, kinds, args, kwargs or {})
+    def __torch_function__(cls, func, kinds, args=(), kwargs=None):
+        return super().__torch_function__(func, kinds, args, kwargs or {})
 
 @pytest.mark.parametrize('kind', [Tagged,Logged,nn.Parameter], ids=lambda o: o.__name__)
 @nets('vit image clip sequence tail')
 def test_11_subclasses_of_tensors_as_input(net, kind):
-    def call(m, *xs): return m(*(nn.Parameter(x.detach()*1) if kind is nn.Parameter else x.as_subclass(kind) for x in xs))
+    def call(m, *xs):
+        return m(*(nn.Parameter(x.detach()*1) if kind is nn.Parameter else x.as_subclass(kind) for x in xs))
     v = right(verdict(net, call=call))
     assert v.kind!='refused' or str(v.fault) # and if it is refused, then in words
 
 @pytest.mark.parametrize('p', [0,.3])
-@pytest.mark.parametrize('net, path', [('vit','patch_embed.proj'),('image','patch_embed.proj'),('clip','patch_embed.proj'),('vit','blocks.1.f.fn.qkv'),('vit','blocks.0.f.fn.proj'),('vit','blocks.1.g.fn.fc1'),('clip','stages.0.0.f.fn.qkv'),
-    ('clip','stages.1.0.f.fn.pool_k.conv'),('clip','transitions.0.proj'),('clip','transitions.0.f.fn.qkv'),('image','transitions.0.f.fn.pool_q.conv'),('image','transitions.0.fuse.mlp.fc1'),('vit','head')])
+@pytest.mark.parametrize('net, path', [('vit','patch_embed.proj'),('image','patch_embed.proj'),
+    ('clip','patch_embed.proj'),('vit','blocks.1.f.fn.qkv'),('vit','blocks.0.f.fn.proj'),('vit','blocks.1.g.fn.fc1'),
+    ('clip','stages.0.0.f.fn.qkv'),
+    ('clip','stages.1.0.f.fn.pool_k.conv'),('clip','transitions.0.proj'),('clip','transitions.0.f.fn.qkv'),
+    ('image','transitions.0.f.fn.pool_q.conv'),('image','transitions.0.fuse.mlp.fc1'),('vit','head')])
 def test_11_adapters_on_any_layer(net, path, p):
     right(verdict(NETS[net], lambda m, drop: wrap(m, path, lambda o: Lora(o, drop(p) if p else None))), 'exact')
-    right(verdict(NETS[net], lambda m, drop: wrap(m, path, lambda o: nn.Sequential(o, drop(p) if p else nn.Identity()))), 'exact')
+    right(verdict(NETS[net], lambda m, drop: wrap(m, path,
+                                                  lambda o: nn.Sequential(o, drop(p) if p else nn.Identity()))),
+          'exact')
 
-@pytest.mark.parametrize('kw', [dict(attn_head_dim=8), dict(attn_head_dim=2), dict(qk_norm=True, norm_layer=nn.LayerNorm), dict(gated=True), dict(qkv_bias=False), dict(proj_bias=False), dict(scale_norm=True, norm_layer=nn.LayerNorm)], ids=str)
+@pytest.mark.parametrize('kw', [dict(attn_head_dim=8), dict(attn_head_dim=2),
+                                dict(qk_norm=True, norm_layer=nn.LayerNorm), dict(gated=True), dict(qkv_bias=False),
+                                dict(proj_bias=False), dict(scale_norm=True, norm_layer=nn.LayerNorm)], ids=str)
 def test_11_other_attention(kw):
-    right(verdict(small, lambda m, drop: put(m, 'blocks.1.f.fn', double(Attention(8, 2, **{**dict(qkv_bias=True), **kw})))), 'exact')
+    right(verdict(small, lambda m, drop: put(m, 'blocks.1.f.fn',
+                                             double(Attention(8, 2, **{**dict(qkv_bias=True), **kw})))), 'exact')
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('vectorize', [True,False])
@@ -532,7 +587,9 @@ def test_11_jacobian(net, vectorize):
     def side(judges):
         m,xs = net()
         if judges: apart(m)
-        return dict(enumerate_names(tensors(torch.autograd.functional.jacobian(lambda *o: tensors(m(*o))[0].flatten()[:5], xs, vectorize=vectorize))))
+        def few(*o): return tensors(m(*o))[0].flatten()[:5]
+        jacobian = torch.autograd.functional.jacobian(few, xs, vectorize=vectorize)
+        return dict(enumerate_names(tensors(jacobian)))
     right(judge(lambda: side(False), lambda: side(True)))
 
 class Embeds(nn.Module):
@@ -542,14 +599,17 @@ class Embeds(nn.Module):
 @pytest.mark.parametrize('sparse', [True,False])
 @pytest.mark.parametrize('chunk', [1,None])
 @pytest.mark.parametrize('path', ['0.f','2.g'])
-def test_11_embeddings_in_a_half(path, chunk, sparse): right(verdict(lambda: seq(chunk), lambda m, drop: put(m, path, Embeds(sparse))))
+def test_11_embeddings_in_a_half(path, chunk, sparse):
+    right(verdict(lambda: seq(chunk), lambda m, drop: put(m, path, Embeds(sparse))))
 
 class Int8(torch.Tensor):
     "Weights that know how to be multiplied, and little else, as torchao's"
     @classmethod
     def __torch_function__(cls, func, kinds, args=(), kwargs=None):
-        if func.__name__ in ('chunk','split','t','repeat','__getitem__','unbind','transpose','mm','addmm','to'): raise NotImplementedError(f'Int8 knows no {func.__name__}')
-        if func is F.linear: args,kinds = tuple(a.as_subclass(torch.Tensor) if isinstance(a, Int8) else a for a in args),()
+        if func.__name__ in ('chunk','split','t','repeat','__getitem__','unbind','transpose','mm','addmm','to'):
+            raise NotImplementedError(f'Int8 knows no {func.__name__}')
+        if func is F.linear:
+            args,kinds = tuple(a.as_subclass(torch.Tensor) if isinstance(a, Int8) else a for a in args),()
         with torch._C.DisableTorchFunctionSubclass(): o = func(*args, **(kwargs or {}))
         return o.as_subclass(Int8) if func is torch.Tensor.detach else o
 def quantised(m):
@@ -562,7 +622,8 @@ def test_11_quantised_weights(net): right(verdict(net, lambda m, drop: quantised
 @pytest.mark.parametrize('kind', ['script','trace','lazy'])
 @pytest.mark.parametrize('which', 'fg')
 def test_11_halves_that_cannot_be_repeated_are_refused_at_once(kind, which):
-    half = dict(script=lambda: torch.jit.script(mlp()), trace=lambda: torch.jit.trace(mlp(), torch.randn(2, 3, 8)), lazy=lambda: nn.LazyLinear(8))[kind]()
+    half = dict(script=lambda: torch.jit.script(mlp()), trace=lambda: torch.jit.trace(mlp(), torch.randn(2, 3, 8)),
+                lazy=lambda: nn.LazyLinear(8))[kind]()
     fs = dict(f=mlp(), g=mlp())
     fs[which] = nn.Sequential(nn.Tanh(), half)
     with pytest.raises(ValueError, match=rf'^{which} '): ReversibleBlock(**fs)
@@ -581,17 +642,20 @@ def test_12_a_device_context_around_the_step(net, device, where):
         with torch.device(device) if where!='backward' else contextlib.nullcontext(): out = m(*xs)
         loss = weighted(out)
         with torch.device(device) if where!='forward' else contextlib.nullcontext(): loss.backward()
-        return {'output 0':tensors(out)[0].detach(), **dict(enumerate_names([x.grad for x in xs])), **{n:p.grad for n,p in m.named_parameters()}}
+        return {'output 0':tensors(out)[0].detach(), **dict(enumerate_names([x.grad for x in xs])),
+                **{n:p.grad for n,p in m.named_parameters()}}
     right(judge(lambda: side(False), lambda: side(True)), 'exact')
 
 @pytest.mark.parametrize('kind', ['jvp','dual'])
 @pytest.mark.parametrize('chunk', [1,None])
 def test_13_forward_mode_is_right_or_names_the_way_out(chunk, kind):
-    m,xs = stack(3, chunk=chunk, make=lambda i: (mlp(),mlp())),streams() # PyTorch has no forward mode for attention on a CPU
+    # PyTorch has no forward mode for attention on a CPU
+    m,xs = stack(3, chunk=chunk, make=lambda i: (mlp(),mlp())),streams()
     def run():
         if kind=='jvp': return torch.func.jvp(lambda *o: m(*o), xs, tuple(torch.ones_like(x) for x in xs))[1]
         with torch.autograd.forward_ad.dual_level():
-            return [torch.autograd.forward_ad.unpack_dual(o).tangent for o in tensors(m(*(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)) for x in xs)))]
+            return [torch.autograd.forward_ad.unpack_dual(o).tangent
+                    for o in tensors(m(*(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)) for x in xs)))]
     try: got = run()
     except (RuntimeError,ValueError,NotImplementedError) as e: assert 'set_reversible(False)' in str(e), e
     else:
@@ -603,12 +667,14 @@ def test_13_fullgraph_names_the_way_out(net):
     m,xs = net()
     torch._dynamo.reset()
     try:
-        with pytest.raises(Exception, match=r'set_reversible\(False\)'): torch.compile(m, backend='eager', fullgraph=True)(*xs)
+        with pytest.raises(Exception, match=r'set_reversible\(False\)'):
+            torch.compile(m, backend='eager', fullgraph=True)(*xs)
         m.set_reversible(False)
         torch.compile(m, backend='eager', fullgraph=True)(*xs)
     finally: torch._dynamo.reset()
 
-EDITS = dict(deleted=lambda b: delattr(b.g, 'act') if hasattr(b.g, 'act') else b.g.__delitem__(2), added=lambda b: b.g.add_module('more', nn.Dropout(.5)), exchanged=lambda b: b.g.__setitem__(2, nn.Tanh()))
+EDITS = dict(deleted=lambda b: delattr(b.g, 'act') if hasattr(b.g, 'act') else b.g.__delitem__(2),
+             added=lambda b: b.g.add_module('more', nn.Dropout(.5)), exchanged=lambda b: b.g.__setitem__(2, nn.Tanh()))
 @pytest.mark.parametrize('edit', ['deleted','added','exchanged'])
 def test_13_a_layer_that_was_changed_before_backward_is_not_called_a_switch(edit):
     "What was done is said; and no one reads of train and eval where nobody switched"
@@ -632,7 +698,7 @@ def test_13_a_drop_path_rate_set_later(value, shared):
         m[1].drop_path = value
         m(*xs)
 
-# ---------------------------------------------------------------- the self-check: every backward pass compares what came back with what a run began with
+# --- the self-check: every backward pass compares what came back with what a run began with
 
 @contextlib.contextmanager
 def self_check(mode):
@@ -642,7 +708,10 @@ def self_check(mode):
 
 class State(nn.Module):
     "F or G that does `fn(self, x)`; its state is no tensor"
-    def __init__(self, m, fn): super().__init__(); self.m,self.fn,self.n = m,fn,0; self.adapters = nn.ModuleList(double(nn.Linear(8, 8)) for _ in range(2)); self.scale = 1.
+    def __init__(self, m, fn):
+        super().__init__()
+        self.m,self.fn,self.n = m,fn,0
+        self.adapters = nn.ModuleList(double(nn.Linear(8, 8)) for _ in range(2)); self.scale = 1.
     def forward(self, x): return self.fn(self, x)
 
 def counting(self, x):
@@ -657,8 +726,10 @@ def scaled(self, x): return self.m(x)*self.scale
 
 def leave(m, name, value): return lambda m: setattr(half_of(m), name, value)
 def half_of(m): return m[1].f if isinstance(m, ReversibleSequence) else m.blocks[1].f
-ACTIVE = {'task index':(task, lambda m: setattr(half_of(m), 'n', 1)), 'attribute':(scaled, lambda m: setattr(half_of(m), 'scale', 1.01)), 'counter':(counting, None),
-    'does not repeat itself':(noisy, None), 'context':(by_mode, lambda m: MODE.set(False)), 'global mode':(by_flag, lambda m: torch.use_deterministic_algorithms(False))}
+ACTIVE = {'task index':(task, lambda m: setattr(half_of(m), 'n', 1)),
+    'attribute':(scaled, lambda m: setattr(half_of(m), 'scale', 1.01)), 'counter':(counting, None),
+    'does not repeat itself':(noisy, None), 'context':(by_mode, lambda m: MODE.set(False)),
+    'global mode':(by_flag, lambda m: torch.use_deterministic_algorithms(False))}
 
 def notices(net, change, between=None, before=lambda: None):
     "The backward pass warns by the run's name, says what to do, and raises when asked to"
@@ -721,17 +792,26 @@ class Peft(nn.Module):
     def set_adapter(self, name): self.active = name
     def forward(self, x): return self.base(x)+self.lora[self.active](x)
 
-CHANGES = dict(adapter=lambda m: get(m, 'blocks.0.f.fn.qkv').set_adapter('b'), activation=lambda m: setattr(m.blocks[1].g.fn, 'act', nn.SiLU()), attention_scale=lambda m: (setattr(m.blocks[1].f.fn, 'fused_attn', False), setattr(m.blocks[1].f.fn, 'scale', 1.)),
-               eps=lambda m: setattr(m.blocks[0].f.norm, 'eps', .1), eps_of_mlp=lambda m: setattr(m.blocks[0].g.norm, 'eps', .1), approximate=lambda m: setattr(m.blocks[0].g.fn.act, 'approximate', 'tanh'),
+CHANGES = dict(adapter=lambda m: get(m, 'blocks.0.f.fn.qkv').set_adapter('b'),
+               activation=lambda m: setattr(m.blocks[1].g.fn, 'act', nn.SiLU()),
+               attention_scale=lambda m: (setattr(m.blocks[1].f.fn, 'fused_attn', False),
+                                          setattr(m.blocks[1].f.fn, 'scale', 1.)),
+               eps=lambda m: setattr(m.blocks[0].f.norm, 'eps', .1),
+               eps_of_mlp=lambda m: setattr(m.blocks[0].g.norm, 'eps', .1),
+               approximate=lambda m: setattr(m.blocks[0].g.fn.act, 'approximate', 'tanh'),
                heads=lambda m: (setattr(m.blocks[1].f.fn, 'num_heads', 4), setattr(m.blocks[1].f.fn, 'head_dim', 2)))
 @pytest.mark.parametrize('chunk', [1,None])
 @pytest.mark.parametrize('kind', CHANGES)
 def test_self_check_or_refusal_of_changes_before_backward(kind, chunk):
     "Python state of layers the package knows: noticed by whatever looks first"
-    right(verdict(lambda: small(chunk), lambda m, drop: wrap(m, 'blocks.0.f.fn.qkv', Peft) if kind=='adapter' else None, between=CHANGES[kind]))
+    right(verdict(lambda: small(chunk), lambda m, drop: wrap(m, 'blocks.0.f.fn.qkv', Peft) if kind=='adapter' else None,
+                  between=CHANGES[kind]))
 
-STAGES = dict(eps=lambda m: setattr(m.stages[1][0].f.norm, 'eps', .1), eps_of_pool=lambda m: setattr(m.stages[0][0].f.fn.pool_k.norm, 'eps', .1), activation=lambda m: setattr(m.stages[0][0].g.fn, 'act', nn.SiLU()),
-              transition=lambda m: setattr(m.transitions[0].f.fn.pool_q.norm, 'eps', .1), transition_mlp=lambda m: setattr(m.transitions[0].g.fn, 'act', nn.SiLU()))
+STAGES = dict(eps=lambda m: setattr(m.stages[1][0].f.norm, 'eps', .1),
+              eps_of_pool=lambda m: setattr(m.stages[0][0].f.fn.pool_k.norm, 'eps', .1),
+              activation=lambda m: setattr(m.stages[0][0].g.fn, 'act', nn.SiLU()),
+              transition=lambda m: setattr(m.transitions[0].f.fn.pool_q.norm, 'eps', .1),
+              transition_mlp=lambda m: setattr(m.transitions[0].g.fn, 'act', nn.SiLU()))
 @pytest.mark.parametrize('kind', STAGES)
 def test_self_check_or_refusal_in_stages(kind): right(verdict(film, between=STAGES[kind]))
 
@@ -747,14 +827,17 @@ def test_self_check_modes_are_checked():
     with pytest.raises(ValueError, match='warn.*error.*off'): exact.set_self_check('loud')
 
 @pytest.mark.parametrize('dtype', [torch.float64,torch.float32,'autocast'], ids=str)
-@pytest.mark.parametrize('make', [CASES[k] for k in ('sequence3','tail4','vit3','vit4','image6','clip5')], ids='sequence3 tail4 vit3 vit4 image6 clip5'.split())
+@pytest.mark.parametrize('make', [CASES[k] for k in ('sequence3','tail4','vit3','vit4','image6','clip5')],
+                         ids='sequence3 tail4 vit3 vit4 image6 clip5'.split())
 def test_self_check_is_silent_on_healthy_models(make, dtype):
-    "Training, with all randomness, by chunks and whole, streams a hundred times larger too, frozen weights, a retained graph"
+    """Training, with all randomness, by chunks and whole, streams a hundred times larger too, frozen weights, a
+    retained graph"""
     with warnings.catch_warnings():
         warnings.simplefilter('error', RuntimeWarning)
         m,xs = make(dtype=torch.float32 if dtype=='autocast' else dtype, b=3)
         for scale in (1,100):
-            with torch.autocast('cpu', torch.bfloat16) if dtype=='autocast' else contextlib.nullcontext(): loss = weighted(m(*(x*scale for x in xs)))
+            with torch.autocast('cpu', torch.bfloat16) if dtype=='autocast' else contextlib.nullcontext():
+                loss = weighted(m(*(x*scale for x in xs)))
             loss.backward(retain_graph=scale==1)
             if scale==1: loss.backward()
         for p in list(m.parameters())[::2]: p.requires_grad_(False)
@@ -794,13 +877,15 @@ def test_self_check_sees_changes_that_leave_the_sum_of_an_image(kind, chunk):
     def change(m): m[1].f = State(m[1].f, fn)
     notices(lambda: seq(chunk), change, lambda m: setattr(m[1].f, name, value))
 
-TAILS = dict(eps=lambda m: setattr(m.tail.norm, 'eps', .5), layer=lambda m: setattr(m.tail, 'drop', nn.Tanh()), dropout=lambda m: setattr(m.tail.drop, 'p', .5))
+TAILS = dict(eps=lambda m: setattr(m.tail.norm, 'eps', .5), layer=lambda m: setattr(m.tail, 'drop', nn.Tanh()),
+             dropout=lambda m: setattr(m.tail.drop, 'p', .5))
 @pytest.mark.parametrize('kind', TAILS)
 def test_self_check_or_refusal_of_a_changed_tail(kind):
     "A tail is repeated too, though nothing is rebuilt from it"
     right(verdict(tail, between=TAILS[kind]), 'refused', 'warned', *(('exact',) if kind=='dropout' else ()))
 
-def test_self_check_or_refusal_of_a_changed_neck(): right(verdict(small, between=lambda m: setattr(m.neck.fusion.norm, 'eps', .5)), 'refused', 'warned')
+def test_self_check_or_refusal_of_a_changed_neck():
+    right(verdict(small, between=lambda m: setattr(m.neck.fusion.norm, 'eps', .5)), 'refused', 'warned')
 
 # ---------------------------------------------------------------- what is kept: healthy layers are not suspected
 
@@ -808,11 +893,13 @@ class Turned(nn.Module):
     "`m` over channels: its answer is a view of what it computed"
     def __init__(self, m, how): super().__init__(); self.m,self.how = m,how
     def forward(self, x): return self.how(self.m(x.transpose(1, 2)))
-VIEWS = dict(transpose=lambda o: o.transpose(1, 2), reshape=lambda o: o.permute(0, 2, 1).reshape(len(o), 3, 8), twice=lambda o: o.transpose(1, 2)[...,:8].view(len(o), 3, 8),
+VIEWS = dict(transpose=lambda o: o.transpose(1, 2), reshape=lambda o: o.permute(0, 2, 1).reshape(len(o), 3, 8),
+    twice=lambda o: o.transpose(1, 2)[...,:8].view(len(o), 3, 8),
     split=lambda o: o.transpose(1, 2).chunk(1, -1)[0])
 
 @pytest.mark.parametrize('how', VIEWS.values(), ids=VIEWS)
-@pytest.mark.parametrize('layer', [lambda: nn.Conv1d(8, 8, 3, padding=1), lambda: nn.GroupNorm(2, 8)], ids=['conv','norm'])
+@pytest.mark.parametrize('layer', [lambda: nn.Conv1d(8, 8, 3, padding=1), lambda: nn.GroupNorm(2, 8)],
+                         ids=['conv','norm'])
 @pytest.mark.filterwarnings('error::RuntimeWarning')
 def test_a_layer_that_answers_with_a_view_keeps_nothing(layer, how):
     m = stack(2, chunk=2, make=lambda i: (Turned(layer(), how),mlp()))

@@ -24,8 +24,10 @@ def streams():
 three,near = torch.tensor([3.,4.]),torch.tensor([3.,4.5])
 
 @pytest.mark.parametrize('got,want,floor,says', [
-    (near, three, 0., .1), (three*torch.tensor([float('nan'),1.]), three, 0., float('nan')), (0*three, 0*three, 0., 0.), (three, 0*three, 0., float('inf')), (three, 0*three, 50., .1)])
-def test_relative_distance(got, want, floor, says): assert testing._rel(got, want, floor) == pytest.approx(says, nan_ok=True)
+    (near, three, 0., .1), (three*torch.tensor([float('nan'),1.]), three, 0., float('nan')), (0*three, 0*three, 0., 0.),
+    (three, 0*three, 0., float('inf')), (three, 0*three, 50., .1)])
+def test_relative_distance(got, want, floor, says):
+    assert testing._rel(got, want, floor) == pytest.approx(says, nan_ok=True)
 
 def test_the_floor_is_a_percent_of_the_typical_norm():
     assert testing._floor([three, None, 7*three]) == pytest.approx(.25)

@@ -3,7 +3,8 @@ import subprocess, sys
 from pathlib import Path
 
 tools = Path(__file__).resolve().parent.parent/'tools'
-def run(*args): return subprocess.run([sys.executable, *map(str, args)], cwd=tools.parent, capture_output=True, text=True)
+def run(*args):
+    return subprocess.run([sys.executable, *map(str, args)], cwd=tools.parent, capture_output=True, text=True)
 
 SUITE = '''
 import pytest, timm

@@ -1,4 +1,5 @@
-"What a notebook cannot show about training: killed processes, full disks, dead workers; and the published recipes on real files, narrow and short"
+"""What a notebook cannot show about training: killed processes, full disks, dead workers; and the published recipes
+on real files, narrow and short"""
 import os, random, resource, shutil, signal, time
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,8 @@ small = replace(recipes['digits'], epochs=4, batch_size=256, warmup_epochs=1, mi
 def go(out, workers=0, every=2, epochs=None, cbs=()):
     "Train in `out`, going on where a run there was stopped"
     recipe = small if epochs is None else small.changed(epochs=epochs)
-    learn = keep_state(learner(digits_dls(bs=256, workers=workers, device='cpu'), recipe, out=out, seed=3), resume=True, every=every)
+    learn = keep_state(learner(digits_dls(bs=256, workers=workers, device='cpu'), recipe, out=out, seed=3),
+                       resume=True, every=every)
     with learn.no_bar(), learn.no_logging(), learn.added_cbs(cbs): learn.fit(recipe.epochs)
     return learn
 
@@ -107,7 +109,8 @@ def test_R33_kill_9_and_resume_gives_the_same_bits(workers, straight, tmp_path):
     assert kills >= 2, 'hardly a kill hit the run: the test shows nothing'
     if status: assert wait(spawn(go, tmp_path, workers)) == 0
     assert same(end_of(tmp_path), end_of(straight))
-    assert sorted(o.name for o in tmp_path.iterdir()) == ['checkpoint.pth', 'history.csv', 'state-3-4.pth', 'state-4.pth']
+    assert sorted(o.name for o in tmp_path.iterdir()) == ['checkpoint.pth', 'history.csv', 'state-3-4.pth',
+        'state-4.pth']
     assert all(map(nobody_left, orphans)), 'loader processes outlive a killed run'
 
 def test_R34_a_damaged_newest_state_is_passed_over(straight, tmp_path, capfd):
@@ -139,8 +142,10 @@ def test_R39_a_killed_worker_ends_the_run(tmp_path):
     os.kill(kids[0], signal.SIGKILL)
     assert wait(pid, 30) == 1
     said = (tmp_path/'error').read_text()
-    assert 'DataLoader worker' in said and 'killed' in said.lower() or 'a process that reads data was ended' in said, said
-    assert read_checkpoint(states(tmp_path)[0])['extra']['train_iter'] > 0 and load_model(tmp_path/'checkpoint.pth').num_classes == 10
+    assert ('DataLoader worker' in said and 'killed' in said.lower() or 'a process that reads data was '
+            'ended' in said), said
+    assert read_checkpoint(states(tmp_path)[0])['extra']['train_iter'] > 0
+    assert load_model(tmp_path/'checkpoint.pth').num_classes == 10
     assert nobody_left(pid)
 
 class Full(Callback):
@@ -150,7 +155,8 @@ class Full(Callback):
 
 @pytest.mark.parametrize('limit,file', [(60, 'history.csv'), (8192, 'checkpoint.pth'), (100_000, 'state-')])
 def test_R39_a_full_disk_is_named(limit, file, straight, tmp_path):
-    "For the log, the checkpoint and the state: the file is named, nothing half written stays, and the last state is good"
+    """For the log, the checkpoint and the state: the file is named, nothing half written stays, and the last state is
+    good"""
     run,error = tmp_path/'run',tmp_path/'error'
     shutil.copytree(straight, run)
     states(run)[0].unlink()
@@ -162,7 +168,8 @@ def test_R39_a_full_disk_is_named(limit, file, straight, tmp_path):
         assert wait(spawn(go, run)) == 0
         assert same(end_of(run), end_of(straight))
 
-@pytest.mark.skipif(not os.geteuid() == 0 or not Path('/proc/self').exists(), reason='for root, whom permissions do not stop')
+@pytest.mark.skipif(not os.geteuid() == 0 or not Path('/proc/self').exists(), reason='for root, whom permissions do '
+                    'not stop')
 def test_R39_an_unwritable_folder_is_named_at_once():
     with pytest.raises(OSError, match='/proc/run'): learner(digits_dls(bs=256, device='cpu'), small, out='/proc/run')
 
@@ -177,14 +184,16 @@ def imagenet(tmp_path_factory):
     for part,n in (('train', 6), ('val', 3)):
         for c in ('n01440764', 'n01443537', 'n01484850'):
             (root/part/c).mkdir(parents=True)
-            for i in range(n): Image.fromarray(rng.randint(0, 255, (40+9*i, 70-5*i, 3), np.uint8)).save(root/part/c/f'{c}_{i}.JPEG')
+            for i in range(n):
+                Image.fromarray(rng.randint(0, 255, (40+9*i, 70-5*i, 3), np.uint8)).save(root/part/c/f'{c}_{i}.JPEG')
     return root
 
 @pytest.fixture(scope='module')
 def kinetics(tmp_path_factory):
     "Videos of several sizes, rates and codecs, and lists of them"
     root = tmp_path_factory.mktemp('kinetics')
-    for i,(codec,rate,size) in enumerate((('libx264', 30, (48, 64)), ('mpeg4', 25, (64, 48)), ('libx264', 15, (40, 40)), ('mpeg4', 30, (50, 80)))*2):
+    for i,(codec,rate,size) in enumerate((('libx264', 30, (48, 64)), ('mpeg4', 25, (64, 48)), ('libx264', 15, (40, 40)),
+                                          ('mpeg4', 30, (50, 80)))*2):
         with av.open(str(root/f'video {i}.mp4'), 'w') as c:
             s = c.add_stream(codec, rate=rate)
             s.height,s.width,s.pix_fmt = *size,'yuv420p'
@@ -194,14 +203,17 @@ def kinetics(tmp_path_factory):
     (root/'val.csv').write_text(''.join(f'"video {i}.mp4" {i%2}\n' for i in (6, 7)))
     return root
 
-narrow = dict(vit=dict(embed_dim=24, num_heads=3, depth=3, patch_size=16), mvit=dict(embed_dim=8, depth=4, stage_starts=(1,)))
+narrow = dict(vit=dict(embed_dim=24, num_heads=3, depth=3, patch_size=16),
+              mvit=dict(embed_dim=8, depth=4, stage_starts=(1,)))
 
 @pytest.mark.parametrize('name', ['rev_vit_s', 'rev_vit_b', 'rev_mvit_b', 'rev_mvit_b_16x4'])
 def test_published_recipe_trains_tests_resumes(name, imagenet, kinetics, tmp_path):
-    "Full augmentation, mixing and drop path as published, a narrow model on small pictures; a run in two halves ends as one in one piece"
+    """Full augmentation, mixing and drop path as published, a narrow model on small pictures; a run in two halves
+    ends as one in one piece"""
     full = recipes[name]
     cfg = dict(full.image_cfg, input_size=(3, *((4,) if full.data == 'clips' else ()), 64, 64))
-    recipe = replace(full.changed(epochs=2, batch_size=2), image_cfg=cfg, model_args={**full.model_args, **narrow['mvit' if 'mvit' in name else 'vit']})
+    recipe = replace(full.changed(epochs=2, batch_size=2), image_cfg=cfg,
+                     model_args={**full.model_args, **narrow['mvit' if 'mvit' in name else 'vit']})
     def make(out, workers=0):
         dls = recipe_dls(recipe, kinetics if full.data == 'clips' else imagenet, workers=workers, seed=1, device='cpu')
         return keep_state(learner(dls, recipe, out=out, seed=1), resume=True)

@@ -1,5 +1,6 @@
-"""Tutorials run as they are read: each from its first cell to its last, and each program that is meant to be pasted by itself, in a fresh process and an empty folder.
-Models and training are made small around the code, which is not changed. That the full ones learn what they should is asserted in the notebooks, so an assertion may fail here."""
+"""Tutorials run as they are read: each from its first cell to its last, and each program that is meant to be pasted by
+itself, in a fresh process and an empty folder. Models and training are made small around the code, which is not
+changed. That the full ones learn what they should is asserted in the notebooks, so an assertion may fail here."""
 import json, os, re, subprocess, sys
 from pathlib import Path
 
@@ -11,11 +12,14 @@ root = Path(__file__).resolve().parent.parent
 tutorials = sorted((root/'nbs'/'tutorials').glob('*.ipynb'))
 name = lambda p: p.stem
 
-def cells(path, kind): return [''.join(c['source']) for c in json.loads(path.read_text(encoding='utf8'))['cells'] if c['cell_type'] == kind]
+def cells(path, kind):
+    return [''.join(c['source']) for c in json.loads(path.read_text(encoding='utf8'))['cells']
+            if c['cell_type'] == kind]
 
 # ---------------------------------------------------------------- what is pasted
 
-pasted = [pytest.param(path, code, id=f'{path.stem}-{i}') for path in tutorials for i,code in enumerate(re.findall(r'^```python\n(.*?)^```', '\n'.join(cells(path, 'markdown')), re.M|re.S))]
+pasted = [pytest.param(path, code, id=f'{path.stem}-{i}') for path in tutorials for i,
+          code in enumerate(re.findall(r'^```python\n(.*?)^```', '\n'.join(cells(path, 'markdown')), re.M|re.S))]
 
 small_models = '''
 import sys, timm, torch
@@ -23,7 +27,8 @@ torch.set_num_threads(1)
 from timm.models import create_model
 def small(name, **kw):
     "The model of that name, narrow and for small images"
-    less = dict(num_frames=4, img_size=32, embed_dim=8, depth=2, stage_starts=(1,)) if '16x4' in name else dict(img_size=32, embed_dim=12, num_heads=2, depth=2)
+    clips = dict(num_frames=4, img_size=32, embed_dim=8, depth=2, stage_starts=(1,))
+    less = clips if '16x4' in name else dict(img_size=32, embed_dim=12, num_heads=2, depth=2)
     return create_model(name, **{**less, **kw})
 timm.create_model = small
 '''
@@ -34,7 +39,8 @@ def write_data(folder):
     for part,n in (('train',32), ('val',3)):
         for c in ('cat','dog'):
             (folder/'photos'/part/c).mkdir(parents=True)
-            for i in range(n): Image.fromarray(rng.randint(0, 255, (40,48,3), np.uint8)).save(folder/'photos'/part/c/f'{i}.jpg')
+            for i in range(n):
+                Image.fromarray(rng.randint(0, 255, (40,48,3), np.uint8)).save(folder/'photos'/part/c/f'{i}.jpg')
     code = small_models + '''
 from pathlib import Path
 import numpy as np
@@ -51,8 +57,10 @@ for file,model in (('REV_VIT_S.pyth','revvit_small_patch16_224'), ('REV_MVIT_B_1
 
 def run(code, folder, *words):
     (folder/'program.py').write_text(code, encoding='utf8')
-    return subprocess.run([sys.executable, '-W', 'ignore', 'program.py', *words], cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600,
-                          env={**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'CUDA_VISIBLE_DEVICES': ''})
+    return subprocess.run([sys.executable, '-W', 'ignore', 'program.py', *words], cwd=folder, capture_output=True,
+                          text=True, stdin=subprocess.DEVNULL, timeout=600,
+                          env={**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg',
+                               'CUDA_VISIBLE_DEVICES': ''})
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
@@ -86,7 +94,8 @@ def short_init(self, *args, **kwargs):
     self.add_cb(Few())
 Learner.__init__ = short_init
 hold_out = revvit.data.digits.hold_out
-revvit.data.digits.hold_out = lambda labels, per_class, seed=0: hold_out(labels, min(per_class, 4), seed)   # not that of the videos, which is bound already
+# not that of the videos, which is bound already
+revvit.data.digits.hold_out = lambda labels, per_class, seed=0: hold_out(labels, min(per_class, 4), seed)
 '''
 
 @pytest.mark.parametrize('path', [o for o in tutorials if o.stem in ('fine_tune_images','train_clips')], ids=name)
@@ -104,14 +113,17 @@ for i,cell in enumerate({cells(path, 'code')!r}):
 # ---------------------------------------------------------------- what the tables promise
 
 def test_what_the_tables_name_is_there():
-    "Each flag, recipe field and function on our side of the tables for people who come from elsewhere; no option of theirs stands twice"
+    """Each flag, recipe field and function on our side of the tables for people who come from elsewhere; no option of
+    theirs stands twice"""
     from dataclasses import fields
     import revvit
     from revvit.training.recipes import Recipe
     from revvit.use import cli
     from revvit.use.command import flags_parser
-    flags = {o for c in ('revvit_train','revvit_predict','revvit_test') for a in flags_parser(getattr(cli, c).__wrapped__)._actions for o in a.option_strings}
-    tables = [o for src in cells(root/'nbs/tutorials/from_slowfast.ipynb', 'markdown') for o in re.split(r'\n\n', src) if re.match(r'\|.*\| here \|\n', o)]
+    flags = {o for c in ('revvit_train','revvit_predict','revvit_test')
+             for a in flags_parser(getattr(cli, c).__wrapped__)._actions for o in a.option_strings}
+    tables = [o for src in cells(root/'nbs/tutorials/from_slowfast.ipynb', 'markdown')
+              for o in re.split(r'\n\n', src) if re.match(r'\|.*\| here \|\n', o)]
     assert len(tables) == 3
     for t in tables:
         theirs,ours = zip(*(re.fullmatch(r'\| (.*?) \| (.*) \|', o).groups() for o in t.splitlines()[2:]))
@@ -121,4 +133,5 @@ def test_what_the_tables_name_is_there():
         for o in re.findall(r'revvit\.(\w+)', named): assert callable(getattr(revvit, o)), o
         options = [o for row in theirs for o in re.findall(r'`(--?[a-z][\w-]*)', row)]
         assert len(options) == len({*options})
-        assert all(not o.startswith('none') or ':' in o or ' by ' in o for o in ours), [o for o in ours if o.startswith('none')]
+        assert all(not o.startswith('none') or ':' in o or ' by ' in o
+                   for o in ours), [o for o in ours if o.startswith('none')]

@@ -1,4 +1,5 @@
-"What a type checker makes of the names that users type: `revvit/__init__.pyi` says them, and mypy accepts right calls and no others"
+"""What a type checker makes of the names that users type: `revvit/__init__.pyi` says them, and mypy accepts right
+calls and no others"""
 import ast, os, subprocess, sys
 from importlib import import_module
 from pathlib import Path
@@ -63,7 +64,8 @@ def mypy(request, tmp_path_factory):
     def check(text):
         (folder/'program.py').write_text(text)
         run = subprocess.run([sys.executable, '-m', 'mypy', '--follow-imports=silent', '--ignore-missing-imports',
-                              '--cache-dir', str(cache), 'program.py'], cwd=folder, env={**os.environ, 'MYPYPATH': str(root)},
+                              '--cache-dir', str(cache), 'program.py'], cwd=folder,
+                             env={**os.environ, 'MYPYPATH': str(root)},
                              capture_output=True, text=True)
         assert run.returncode in (0,1), run.stdout+run.stderr
         return [o for o in run.stdout.splitlines() if ': error: ' in o]
@@ -79,7 +81,8 @@ def test_each_mistake_is_found(mypy):
 
 def test_the_stub_has_the_names_of_the_package():
     "From the modules that have them"
-    imports = [o for o in ast.parse((root/'revvit'/'__init__.pyi').read_text(encoding='utf8')).body if isinstance(o, ast.ImportFrom)]
+    imports = [o for o in ast.parse((root/'revvit'/'__init__.pyi').read_text(encoding='utf8')).body
+               if isinstance(o, ast.ImportFrom)]
     names = {a.name: o.module for o in imports for a in o.names}
     assert all(a.name == a.asname for o in imports for a in o.names) and sorted(names) == sorted(revvit.__all__)
     for k,v in names.items(): assert getattr(import_module(f'revvit.{v}'), k) is getattr(revvit, k)

@@ -1,5 +1,6 @@
-"""Videos: exact frames from many codecs, containers and rates; what is damaged is refused or left out by name (R36-R38); batches that depend on seed and list alone (R40).
-Every frame of a test video shows its own number in binary, as eight black and white stripes, so that a wrong frame is seen whatever the codec did to it."""
+"""Videos: exact frames from many codecs, containers and rates; what is damaged is refused or left out by name
+(R36-R38); batches that depend on seed and list alone (R40). Every frame of a test video shows its own number in binary,
+as eight black and white stripes, so that a wrong frame is seen whatever the codec did to it."""
 import multiprocessing, os, random, re, sys, time, warnings
 from fractions import Fraction
 from pathlib import Path
@@ -24,9 +25,12 @@ torch.set_num_threads(1)
 NTSC = Fraction(30000, 1001)
 CFG = dict(input_size=(3,4,48,64), mean=(0.,)*3, std=(1.,)*3, interpolation='bilinear', crop_pct=1., frame_stride=5)
 
-def stripes(i, size=(48,64)): return np.repeat([255*(i>>b&1) for b in range(7, -1, -1)], size[1]//8)[None,:,None].repeat(size[0], 0).repeat(3, 2).astype(np.uint8)
+def stripes(i, size=(48,64)):
+    return np.repeat([255*(i>>b&1) for b in range(7, -1, -1)], size[1]//8)[None,:,None].repeat(size[0], 0).repeat(3,
+        2).astype(np.uint8)
 
-def write(path, n=40, rate=30, codec='libx264', size=(48,64), times=None, start=0, sound=False, options=None, **codec_options):
+def write(path, n=40, rate=30, codec='libx264', size=(48,64), times=None, start=0, sound=False, options=None,
+          **codec_options):
     "A video of frames numbered from `start`"
     with av.open(str(path), 'w', options=options or {}) as c:
         s = c.add_stream(codec, rate=rate, options={k:str(v) for k,v in codec_options.items()})
@@ -39,7 +43,8 @@ def write(path, n=40, rate=30, codec='libx264', size=(48,64), times=None, start=
         c.mux(s.encode())
         if a:   # a second more than the pictures last
             for k in range(int((n/rate+1)*48000/1152)):
-                f = av.AudioFrame.from_ndarray(np.zeros((1,1152), np.float32 if a.format.name=='fltp' else np.int16), format=a.format.name, layout='mono')
+                f = av.AudioFrame.from_ndarray(np.zeros((1,1152), np.float32 if a.format.name=='fltp' else np.int16),
+                                               format=a.format.name, layout='mono')
                 f.sample_rate,f.pts = 48000,k*1152
                 c.mux(a.encode(f))
             c.mux(a.encode())
@@ -56,31 +61,39 @@ def tmp(tmp_path_factory): return tmp_path_factory.mktemp('videos')
 # ---------------------------------------------------------------- R36: exact frames
 
 rates = {'25': 25, '29.97': NTSC, '30': 30, '60': 60, '23.976': Fraction(24000,1001), '12.5': Fraction(25,2)}
-forms = [(suffix, codec, dict(bf=bf, g=g) if 'vpx' not in codec else dict(g=g, deadline='realtime', **{'auto-alt-ref': 1, 'lag-in-frames': 5 if bf else 0}))
-         for suffix,codec in (('mp4','libx264'),('mov','libx264'),('mkv','libx264'),('ts','libx264'),('avi','libx264'),('flv','libx264'),('mp4','mpeg4'),('avi','mpeg4'),('mkv','mpeg4'),('mpg','mpeg2video'),('webm','libvpx-vp9'),('webm','libvpx'))
+forms = [(suffix, codec, dict(bf=bf, g=g)
+          if 'vpx' not in codec else dict(g=g, deadline='realtime',
+                                          **{'auto-alt-ref': 1, 'lag-in-frames': 5 if bf else 0}))
+         for suffix,codec in (('mp4','libx264'),('mov','libx264'),('mkv','libx264'),('ts','libx264'),('avi','libx264'),
+                              ('flv','libx264'),('mp4','mpeg4'),('avi','mpeg4'),('mkv','mpeg4'),('mpg','mpeg2video'),
+                              ('webm','libvpx-vp9'),('webm','libvpx'))
          for bf,g in ((0,250),(2,12)) if not (codec=='mpeg2video' and bf==0)]
 
 @pytest.mark.parametrize('rate', rates)
 def test_R36_every_frame_is_itself(tmp, rate):
-    "All frames at once, some in any order, and single ones from the end, for each container and codec, with and without frames predicted from both sides"
+    """All frames at once, some in any order, and single ones from the end, for each container and codec, with and
+    without frames predicted from both sides"""
     wrong,n = [],31
     for suffix,codec,options in forms:
         if codec=='mpeg2video' and rate=='12.5': continue   # MPEG-2 knows no such rate
         path = write(tmp/f'{codec}{options["g"]}.{suffix}', n, rates[rate], codec, **options)
         with Video(path) as v:
             some = [n-1, 3, 3, 0, n//2, 17]
-            got = (v.frames, round(v.rate, 2), shown(v.read(range(v.frames))), shown(v.read(some)), [shown(v.read([i]))[0] for i in (30,22,14,6)])
+            got = (v.frames, round(v.rate, 2), shown(v.read(range(v.frames))), shown(v.read(some)),
+                   [shown(v.read([i]))[0] for i in (30,22,14,6)])
         if got!=(n, round(float(rates[rate]), 2), list(range(n)), some, [30,22,14,6]): wrong.append((path.name, got))
     assert not wrong
 
 def test_R36_sampled_clip_is_the_rule(tmp):
-    "Train range and test views against numbers computed here, from the rule: a clip spans stride*T/30 seconds, views start at k/V of what is free, indices are floors of even steps, the last frame repeats"
+    """Train range and test views against numbers computed here, from the rule: a clip spans stride*T/30 seconds,
+    views start at k/V of what is free, indices are floors of even steps, the last frame repeats"""
     def rule(frames, rate, T, stride, at):
         span = stride*T/30*rate
         start = max(frames-span, 0)*at
         exact = [min(max(start+k*(span-1)/(T-1), 0), frames-1) for k in range(T)]
         return exact
-    for frames,rate,T,stride,at in ((300,30,16,4,0),(300,30,16,4,.8),(250,25,16,4,.4),(600,59.94,16,4,.2),(299,29.97,32,3,.6),(40,30,16,4,.5),(2,30,16,4,.3),(150,15,8,8,.99)):
+    for frames,rate,T,stride,at in ((300,30,16,4,0),(300,30,16,4,.8),(250,25,16,4,.4),(600,59.94,16,4,.2),
+                                    (299,29.97,32,3,.6),(40,30,16,4,.5),(2,30,16,4,.3),(150,15,8,8,.99)):
         for got,want in zip(clip_indices(frames, rate, T, stride, at=at), rule(frames, rate, T, stride, at)):
             assert got==int(want) or abs(want-round(want))<1e-4 and abs(got-want)<1+1e-4
     for rate in (25, NTSC, 30, 60):
@@ -110,7 +123,8 @@ def test_R36_uneven_rate_goes_by_time(tmp, suffix, codec):
     assert max(map(abs, late))<=1.01/v.rate and got==sorted(got) and got[0]==0
 
 def test_R36_edit_list_and_sound(tmp):
-    "Frames that an mp4 hides at its start are not counted; sound that goes on longer than the pictures is no truncation"
+    """Frames that an mp4 hides at its start are not counted; sound that goes on longer than the pictures is no
+    truncation"""
     src = write(tmp/'whole.mp4', 60, g=12, bf=2)
     with av.open(str(src)) as i, av.open(str(tmp/'edited.mp4'), 'w') as o:
         t,shift = o.add_stream_from_template(i.streams.video[0]),None
@@ -121,10 +135,12 @@ def test_R36_edit_list_and_sound(tmp):
             o.mux(p)
     with Video(tmp/'edited.mp4') as v: assert shown(v.read(range(v.frames)))==list(range(20, 60))
     for suffix in ('mp4','mkv','avi','ts'):
-        with Video(write(tmp/f'sound.{suffix}', 30, sound=True, bf=0)) as v: assert shown(v.read(range(v.frames)))==list(range(30))
+        with Video(write(tmp/f'sound.{suffix}', 30, sound=True, bf=0)) as v:
+            assert shown(v.read(range(v.frames)))==list(range(30))
 
 def copied(src, path, begin=0., end=9., ticks=None):
-    "What `ffmpeg -ss begin -to end -c copy` makes: packets from the key frame before `begin` on, which is moment 0 of an mp4; `ticks` a frame as it writes them into AVI"
+    """What `ffmpeg -ss begin -to end -c copy` makes: packets from the key frame before `begin` on, which is moment 0
+    of an mp4; `ticks` a frame as it writes them into AVI"""
     with av.open(str(src)) as i, av.open(str(path), 'w') as o:
         s = i.streams.video[0]
         packets = [p for p in i.demux(s) if p.dts is not None and p.dts*p.time_base<end]
@@ -141,7 +157,8 @@ def copied(src, path, begin=0., end=9., ticks=None):
     return path
 
 def on_screen(path, rate, counted):
-    "Numbers that are seen at each moment of an even grid when the file is decoded from one end to the other; `counted`: one after the other"
+    """Numbers that are seen at each moment of an even grid when the file is decoded from one end to the other;
+    `counted`: one after the other"""
     with av.open(str(path)) as c:
         seen = [(f.pts*f.time_base, f) for f in c.decode(video=0)]
     numbers = shown(torch.stack([torch.from_numpy(f.to_ndarray(format='rgb24')) for _,f in seen]).permute(0,3,1,2))
@@ -151,21 +168,26 @@ def on_screen(path, rate, counted):
 
 @pytest.mark.parametrize('codec,bf,g', [('libx264',0,12),('libx264',2,12),('libx264',3,250),('mpeg4',2,12)])
 def test_R36_cut_without_encoding(tmp, codec, bf, g):
-    "From the middle between two key frames and between two frames, to where frames shown later are missing; into each container; also where the first frames cannot be shown for want of their base"
+    """From the middle between two key frames and between two frames, to where frames shown later are missing; into
+    each container; also where the first frames cannot be shown for want of their base"""
     src,wrong = write(tmp/'src.mp4', 70, 25, codec, bf=bf, g=g),[]
     for begin,end in ((0.,9.), (.52,2.1), (1.33,2.53)):
         for suffix,ticks in (('mp4',None), ('mkv',None), ('ts',None), ('flv',None), ('avi',1), ('avi',2)):
-            if codec=='mpeg4' and suffix in ('flv','ts'): continue   # FLV does not know it, and a .ts has nowhere to say its size
+            # FLV does not know it, and a .ts has nowhere to say its size
+            if codec=='mpeg4' and suffix in ('flv','ts'): continue
             path = copied(src, tmp/f'cut.{suffix}', begin, end, ticks)
             want = on_screen(path, 25, suffix=='avi')
-            with Video(path) as v: got = (v.rate, shown(v.read(range(v.frames))), shown(v.read([v.frames-1, 0, v.frames//2])))
-            if got!=(25., want, [want[-1], want[0], want[len(want)//2]]): wrong.append((begin, suffix, ticks, got, want))
+            with Video(path) as v:
+                got = (v.rate, shown(v.read(range(v.frames))), shown(v.read([v.frames-1, 0, v.frames//2])))
+            if got!=(25., want, [want[-1], want[0], want[len(want)//2]]):
+                wrong.append((begin, suffix, ticks, got, want))
     assert not wrong, (len(wrong), wrong[:2])
 
 @pytest.mark.parametrize('rate', [25, NTSC])
 def test_R36_last_frame_without_duration(tmp, rate):
     "Sorenson's codec in FLV: no packet says how long its frame is shown, the last is a frame all the same"
-    with Video(write(tmp/'sorenson.flv', 40, rate, 'flv', g=12, qmin=2, qmax=2)) as v: assert (v.frames, shown(v.read(range(v.frames))))==(40, list(range(40)))
+    with Video(write(tmp/'sorenson.flv', 40, rate, 'flv', g=12, qmin=2, qmax=2)) as v:
+        assert (v.frames, shown(v.read(range(v.frames))))==(40, list(range(40)))
 
 def test_R36_turned_video(tmp):
     for degrees,size in ((90,(64,48)),(180,(48,64)),(-90,(64,48))):
@@ -178,7 +200,8 @@ def test_R36_turned_video(tmp):
         with Video(tmp/'turned.mp4') as v: x = v.read([3])
         assert x.shape[2:]==size and shown(x.rot90(-degrees//90, (2,3)))==[37]
 
-@pytest.mark.parametrize('name', ['-dash.mp4', 'a:b.mp4', 'http:.mp4', 'per%03dcent.mp4', 'two\nlines.mp4', "quo'te\".mp4", 'ünï 視頻.mp4', 'concat:x|y.mp4'])
+@pytest.mark.parametrize('name', ['-dash.mp4', 'a:b.mp4', 'http:.mp4', 'per%03dcent.mp4', 'two\nlines.mp4',
+                                  "quo'te\".mp4", 'ünï 視頻.mp4', 'concat:x|y.mp4'])
 def test_R36_any_name(tmp, name, monkeypatch):
     (tmp/'plain.mp4').exists() or write(tmp/'plain.mp4')
     (tmp/name).write_bytes((tmp/'plain.mp4').read_bytes())
@@ -189,7 +212,8 @@ def test_R36_any_name(tmp, name, monkeypatch):
 
 def packets(*times, duration=10):
     "An open container without a file, whose packets have these time stamps; those before 0 are there to be built upon"
-    found = [SimpleNamespace(pts=t, dts=None, duration=duration, is_discard=t<0, time_base=Fraction(1,100), stream_index=0) for t in times]
+    found = [SimpleNamespace(pts=t, dts=None, duration=duration, is_discard=t<0, time_base=Fraction(1,100),
+                             stream_index=0) for t in times]
     form = SimpleNamespace(name='flv')
     return SimpleNamespace(demux=lambda: found, duration=None, start_time=0, format=form), SimpleNamespace(index=0)
 
@@ -204,12 +228,14 @@ def test_R36_jumps_to_the_key_frame_before(tmp):
         got = v._walk([3,4,40], 3)
         assert {k: shown(torch.from_numpy(o.copy()).permute(2,0,1)[None])[0] for k,o in got.items()}=={3:3, 4:4, 40:40}
         assert v._walk([3,40], 30) is None   # a start that lies behind what is wanted
-        with pytest.raises(UnreadableFile, match='twelve.mp4: the video stops after 90 of 90 frames, it is truncated or damaged'):
+        with pytest.raises(UnreadableFile, match='twelve.mp4: the video stops after 90 of 90 frames, it is truncated '
+                                                 'or damaged'):
             v._walk([3,95], None)
 
 @pytest.mark.parametrize('indices', [[40], [0,-1], []])
 def test_R36_no_such_frame(tmp, indices):
-    with Video(write(tmp/'forty.mp4', 40)) as v, pytest.raises(ValueError, match='forty.mp4: frames must be from 0 to 39, got '):
+    with Video(write(tmp/'forty.mp4', 40)) as v, pytest.raises(ValueError, match='forty.mp4: frames must be from 0 to '
+        '39, got '):
         v.read(indices)
 
 def test_R36_is_closed_at_the_end_of_the_block(tmp, monkeypatch):
@@ -223,7 +249,8 @@ def test_R36_is_closed_at_the_end_of_the_block(tmp, monkeypatch):
 
 # ---------------------------------------------------------------- R36: what cannot be read
 
-@pytest.mark.parametrize('name,video', [('a.mp4',True), (Path('b/C.MOV'),True), ('a.mp4.txt',False), ('mp4',False), ('a.png',False), ('a.gif',False)])
+@pytest.mark.parametrize('name,video', [('a.mp4',True), (Path('b/C.MOV'),True), ('a.mp4.txt',False), ('mp4',False),
+                                        ('a.png',False), ('a.gif',False)])
 def test_R36_names_of_videos(name, video): assert is_video(name)==video
 
 def test_R36_damage_that_no_decoder_conceals(tmp):
@@ -243,7 +270,8 @@ def sentence(path, call):
 
 def bad_files(folder):
     "Name and content of files that are no videos, and what is said of them"
-    silence = av.AudioFrame.from_ndarray(np.zeros((1,4096), np.float32), format='fltp', layout='mono'); silence.sample_rate = 8000
+    silence = av.AudioFrame.from_ndarray(np.zeros((1,4096), np.float32), format='fltp', layout='mono')
+    silence.sample_rate = 8000
     with av.open(str(folder/'sound.mp4'), 'w') as c:
         s = c.add_stream('aac', rate=8000)
         c.mux(s.encode(silence)); c.mux(s.encode())
@@ -254,12 +282,21 @@ def bad_files(folder):
     Image.fromarray(stripes(3)).save(folder/'picture.jpg'); (folder/'picture.jpg').rename(folder/'picture.mp4')
     Image.fromarray(stripes(3)).save(folder/'picture.png'); (folder/'picture.png').rename(folder/'picture.webm')
     (folder/'zero.mp4').touch(); (folder/'folder.mp4').mkdir()
-    (folder/'page.mp4').write_text('<!doctype html><title>404</title>'*50); (folder/'story.txt').write_text('once upon a time\n'*500)
-    (folder/'noise.mp4').write_bytes(np.random.RandomState(0).bytes(5000)); (folder/'lfs.mp4').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:00\n')
-    (folder/'list.mp4').write_text('ffconcat version 1.0\nfile one.mp4\n'); (folder/'play.m3u8').write_text('#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nhttp://localhost:1/a.ts\n#EXT-X-ENDLIST\n')
+    (folder/'page.mp4').write_text('<!doctype html><title>404</title>'*50)
+    (folder/'story.txt').write_text('once upon a time\n'*500)
+    (folder/'noise.mp4').write_bytes(np.random.RandomState(0).bytes(5000))
+    (folder/'lfs.mp4').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:00\n')
+    (folder/'list.mp4').write_text('ffconcat version 1.0\nfile one.mp4\n')
+    lines = '#EXTM3U', '#EXT-X-TARGETDURATION:9', '#EXTINF:9,', 'http://localhost:1/a.ts', '#EXT-X-ENDLIST', ''
+    (folder/'play.m3u8').write_text('\n'.join(lines))
     whole = write(folder/'whole.mp4').read_bytes(); (folder/'no index.mp4').write_bytes(whole[:len(whole)//2])
-    said = {'sound.mp4': 'there is sound in it but no video', 'zero.mp4': r'the video file is empty \(0 bytes\)', 'folder.mp4': 'a folder, not a video file', 'missing.mp4': 'no such video file', 'no index.mp4': 'the video has no index, it is probably truncated'}
-    return {**said, **{f'one.{k}': 'a video of 1 frame, at least 2 are needed' for k in ('mp4','mkv','avi')}, 'picture.mp4': '', 'picture.webm': '', 'no frames.mkv': '', 'page.mp4': 'not a video', 'story.txt': 'not a video', 'noise.mp4': 'not a video', 'lfs.mp4': 'not a video', 'list.mp4': 'not a video', 'play.m3u8': ''}
+    said = {'sound.mp4': 'there is sound in it but no video', 'zero.mp4': r'the video file is empty \(0 bytes\)',
+            'folder.mp4': 'a folder, not a video file', 'missing.mp4': 'no such video file',
+            'no index.mp4': 'the video has no index, it is probably truncated'}
+    return {**said, **{f'one.{k}': 'a video of 1 frame, at least 2 are needed' for k in ('mp4','mkv','avi')},
+            'picture.mp4': '', 'picture.webm': '', 'no frames.mkv': '', 'page.mp4': 'not a video',
+            'story.txt': 'not a video', 'noise.mp4': 'not a video', 'lfs.mp4': 'not a video', 'list.mp4': 'not a video',
+            'play.m3u8': ''}
 
 def test_R36_no_video_one_sentence(tmp):
     (folder := tmp/'bad').mkdir()
@@ -272,10 +309,14 @@ def test_R36_no_permission(tmp):
     write(tmp/'locked.mp4').chmod(0)
     assert 'permission' in sentence(tmp/'locked.mp4', Video)
 
-@pytest.mark.parametrize('suffix,codec,options', [('mp4','libx264',{}),('mp4','libx264',dict(movflags='faststart')),('mp4','mpeg4',dict(movflags='frag_keyframe+empty_moov')),('mkv','libx264',{}),('webm','libvpx-vp9',{}),('avi','mpeg4',{})])
+@pytest.mark.parametrize('suffix,codec,options', [('mp4','libx264',{}),('mp4','libx264',dict(movflags='faststart')),
+                                                  ('mp4','mpeg4',dict(movflags='frag_keyframe+empty_moov')),
+                                                  ('mkv','libx264',{}),('webm','libvpx-vp9',{}),('avi','mpeg4',{})])
 def test_R36_truncated_anywhere(tmp, suffix, codec, options):
-    "Cut at 15 places a file is refused, or what it says to have is right: then less than a quarter of a second is gone, or more of a fragmented mp4, which cannot know"
-    raw,refused,fragmented = write(tmp/f'full.{suffix}', 60, codec=codec, options=options, g=10).read_bytes(),0,'empty_moov' in str(options)
+    """Cut at 15 places a file is refused, or what it says to have is right: then less than a quarter of a second is
+    gone, or more of a fragmented mp4, which cannot know"""
+    raw,refused,fragmented = write(tmp/f'full.{suffix}', 60, codec=codec, options=options,
+                                   g=10).read_bytes(),0,'empty_moov' in str(options)
     for part in np.linspace(.02, .97, 15):
         (cut := tmp/f'cut.{suffix}').write_bytes(raw[:int(len(raw)*part)])
         try:
@@ -304,8 +345,10 @@ def test_R36_flipped_bytes_never_surprise(tmp):
 
 SMALL = dict(input_size=(3,4,8,8), mean=(0.,)*3, std=(1.,)*3, interpolation='bilinear', crop_pct=1.)
 
-@pytest.mark.parametrize('change,said', [(dict(input_size=(3,224,224)), r'clips need an input_size of \(3, frames, height, width\), got \(3, 224, 224\)'),
-    (dict(input_size=(1,4,8,8)), r'got \(1, 4, 8, 8\)'), (dict(mean=(.5,)), 'must have one value for each of 3 channels')])
+@pytest.mark.parametrize('change,said', [(dict(input_size=(3,224,224)), r'clips need an input_size of \(3, frames, '
+                                          r'height, width\), got \(3, 224, 224\)'),
+    (dict(input_size=(1,4,8,8)), r'got \(1, 4, 8, 8\)'), (dict(mean=(.5,)), 'must have one value for each of 3 '
+        'channels')])
 def test_settings_that_do_not_fit(change, said):
     for kind in (ClipTransform, ClipAugment):
         with pytest.raises(ValueError, match=said): kind({**SMALL, **change})
@@ -313,18 +356,22 @@ def test_settings_that_do_not_fit(change, said):
 def test_settings_and_what_they_lack():
     assert ClipTransform(SMALL).cfg=={**SMALL, 'frame_stride':4, 'frame_rate':30.}
     assert ClipTransform({**SMALL, 'frame_stride':2}).cfg['frame_stride']==2
-    with pytest.raises(ValueError, match='clip settings lack crop_pct, interpolation, mean, std'): ClipTransform(dict(input_size=(3,4,8,8)))
+    with pytest.raises(ValueError, match='clip settings lack crop_pct, interpolation, mean, std'):
+        ClipTransform(dict(input_size=(3,4,8,8)))
 
 @pytest.mark.parametrize('views,starts', [(1,[.5]), (2,[0,.5]), (5,[0,.2,.4,.6,.8])])
 def test_where_views_start(views, starts): assert view_starts(views)==starts
 
-@pytest.mark.parametrize('args,want', [((300,30), [0,4,8,12,16,21,25,29,33,37,42,46,50,54,58,63]), ((2,1), [0]*14+[1]*2), ((10,60,1), [0]),
+@pytest.mark.parametrize('args,want', [((300,30), [0,4,8,12,16,21,25,29,33,37,42,46,50,54,58,63]),
+    ((2,1), [0]*14+[1]*2), ((10,60,1), [0]),
     ((30,30), [0,4,8,12,16,21,25,29,*[29]*8])])
 def test_frames_of_a_clip(args, want): assert clip_indices(*args, at=0)==want
 
-@pytest.mark.parametrize('frames,size,pct', [((20,90),(10,6),1.), ((300,301),(224,224),1.), ((40,40),(224,224),.875), ((512,700),(224,224),.875)])
+@pytest.mark.parametrize('frames,size,pct', [((20,90),(10,6),1.), ((300,301),(224,224),1.), ((40,40),(224,224),.875),
+                                             ((512,700),(224,224),.875)])
 @pytest.mark.parametrize('how', ['bilinear','bicubic'])
-def test_frames_of_any_size_fit(frames, size, pct, how): assert _fit(torch.zeros(2,3,*frames), size, pct, how).shape==(2,3,*size)
+def test_frames_of_any_size_fit(frames, size, pct, how):
+    assert _fit(torch.zeros(2,3,*frames), size, pct, how).shape==(2,3,*size)
 
 def test_prepared_frames_are_only_cut():
     x = torch.randint(0, 256, (1,3,256,341), dtype=torch.uint8)
@@ -360,8 +407,10 @@ def test_steps_are_the_published_ones():
     assert (ops.num_layers, {(o.magnitude, o.magnitude_std, o.prob) for o in ops.ops})==(4, {(7,.5,.5)})
     assert {o.kwargs['resample'] for o in ops.ops}=={Image.Resampling.BICUBIC}
     assert {'PosterizeIncreasing','SolarizeAdd','TranslateYRel'}<={o.name for o in ops.ops}
-    assert (aug.crop.scale, aug.crop.ratio, aug.crop.size, aug.crop.interpolation.value, aug.flip.p)==((.08,1.), (3/4,4/3), (64,64), 'bilinear', .5)
-    assert (aug.erase.probability, aug.erase.per_pixel, aug.erase.min_count, aug.erase.max_count, aug.jitter)==(.25, True, 1, 1, None)
+    assert (aug.crop.scale, aug.crop.ratio, aug.crop.size, aug.crop.interpolation.value,
+            aug.flip.p)==((.08,1.), (3/4,4/3), (64,64), 'bilinear', .5)
+    assert (aug.erase.probability, aug.erase.per_pixel, aug.erase.min_count, aug.erase.max_count,
+            aug.jitter)==(.25, True, 1, 1, None)
     assert ClipAugment(LARGE).jitter.brightness==(.6,1.4)
 
 @pytest.mark.parametrize('kw', [RAND, {}, dict(color_jitter=0.)], ids=['RandAugment','jitter','neither'])
@@ -393,7 +442,8 @@ def test_with_everything_off_the_clip_is_the_frames():
 
 def test_strips_of_film():
     clip = TensorVideo(torch.rand(2,3,4,6,5))
-    shapes = [o.get_images()[0].get_array().shape for o in (clip.show(), clip[0].show(max_frames=3), clip[0].repeat(1,1,1,8).show())]
+    shapes = [o.get_images()[0].get_array().shape
+              for o in (clip.show(), clip[0].show(max_frames=3), clip[0].repeat(1,1,1,8).show())]
     plt.close('all')
     assert shapes==[(12,20,3), (6,15,3), (6,4*42,3)] and type(clip[0].flatten(0, 1)) is TensorVideo
 
@@ -410,14 +460,16 @@ def test_moments_are_anywhere_and_the_same_for_all_repeats(tmp):
 
 # ---------------------------------------------------------------- lists and loaders
 
-kinds = [('mp4','libx264',30,(48,64)), ('webm','libvpx-vp9',25,(48,64)), ('mkv','mpeg4',24,(64,48)), ('avi','mpeg4',30,(48,64)), ('mov','libx264',NTSC,(64,96)), ('mp4','mpeg4',60,(48,64))]
+kinds = [('mp4','libx264',30,(48,64)), ('webm','libvpx-vp9',25,(48,64)), ('mkv','mpeg4',24,(64,48)),
+         ('avi','mpeg4',30,(48,64)), ('mov','libx264',NTSC,(64,96)), ('mp4','mpeg4',60,(48,64))]
 
 def fill(folder, train=12, val=4):
     "A Kinetics-style data set of two classes: frames of the second are numbered from 128"
     folder.mkdir(parents=True)
     for part,n in (('train',train),('val',val)):
         names = [f'{part} ünï {i}.{kinds[i%6][0]}' for i in range(n)]
-        for i,name in enumerate(names): write(folder/name, 20+i, kinds[i%6][2], kinds[i%6][1], kinds[i%6][3], start=128*(i%2))
+        for i,name in enumerate(names):
+            write(folder/name, 20+i, kinds[i%6][2], kinds[i%6][1], kinds[i%6][3], start=128*(i%2))
         (folder/f'{part}.csv').write_text('\n'.join(f'{o} {i%2}' for i,o in enumerate(names)), encoding='utf8')
     return folder
 
@@ -443,24 +495,29 @@ def test_what_a_learner_may_be_asked(data, workers):
     x, = map(torch.cat, zip(*batches(loader.test_dl(items))))
     assert torch.equal(x, want)
     for item in (Image.new('RGB', (64,48)), np.zeros((4,48,64,3), np.uint8)):
-        with pytest.raises(ValueError, match='expected a video file, or a prepared tensor'): loader.test_dl([item], num_workers=0).one_batch()
+        with pytest.raises(ValueError, match='expected a video file, or a prepared tensor'):
+            loader.test_dl([item], num_workers=0).one_batch()
 
 @pytest.mark.parametrize('workers', [0,2])
 def test_R36_policy_raise_or_skip_never_another_label(data, tmp, workers):
-    "One torn, one empty and one missing video: named at once or left out and counted; the numbers in every clip still say its label"
+    """One torn, one empty and one missing video: named at once or left out and counted; the numbers in every clip
+    still say its label"""
     (torn := tmp/f'torn{workers}').mkdir()
     for o in data.iterdir(): (torn/o.name).write_bytes(o.read_bytes())
     f = torn/'train ünï 3.avi'; f.write_bytes(f.read_bytes()[:f.stat().st_size//2])
     with pytest.raises(UnreadableFile, match=r'train ünï 3\.avi: '): batches(dls(torn, workers=workers).train)
     (torn/'train ünï 6.mp4').write_bytes(b''); (torn/'train ünï 9.avi').unlink()
-    with pytest.raises(UnreadableFile, match=r'train ünï 6\.mp4: the video file is empty \(0 bytes\) \(and 1 more such files\)'): dls(torn)
-    with pytest.raises(UnreadableFile, match=r'train ünï \d\.\w+: '): batches(dls(torn, check=False, workers=workers).train)
+    with pytest.raises(UnreadableFile, match=r'train ünï 6\.mp4: the video file is empty \(0 bytes\) \(and 1 more such '
+                                             r'files\)'): dls(torn)
+    with pytest.raises(UnreadableFile, match=r'train ünï \d\.\w+: '):
+        batches(dls(torn, check=False, workers=workers).train)
     d,said = quiet(lambda: dls(torn, on_bad='skip', workers=workers))
     assert len(said)==1 and said[0].startswith('2 unreadable files are left out: ') and len(d.train_ds)==10
     for d in (d, dls(torn, on_bad='skip', workers=workers, check=False)):
         got,said = quiet(lambda: batches(d.train))
         bad = sorted(Path(o).name for o in d.train.bad_items())
-        assert bad==['train ünï 3.avi'] if len(d.train_ds)==10 else set(bad)<={'train ünï 3.avi','train ünï 6.mp4','train ünï 9.avi'} and bad
+        assert bad==['train ünï 3.avi'] if len(d.train_ds)==10 else set(bad)<={'train ünï 3.avi','train ünï 6.mp4',
+            'train ünï 9.avi'} and bad
         assert any(f'{len(bad)} of {len(d.train_ds)} items cannot be read and are left out: ' in o for o in said)
         x,y = map(torch.cat, zip(*got))
         assert ((x.flatten(1)>=128).long()==y[:,None]).all()
@@ -478,9 +535,12 @@ def test_shown_clips_have_their_colours_back(data):
     want = b[0].as_subclass(torch.Tensor)*.5+torch.tensor([.2,.3,.4]).view(3,1,1,1)
     assert_close(d.valid.decode(b)[0].as_subclass(torch.Tensor), want.clip(0,1), rtol=0, atol=1e-6)
 
-@pytest.mark.parametrize('kw,said', [(dict(bs=13), '^12 training files are too few for a batch of 13: batch_size=12 or less would work'), (dict(aug={'hflip': 0.}), 'give one of the two'),
-    (dict(repeats=0), 'repeats must be at least 1, got 0'), (dict(views=0), 'views must be at least 1, got 0'), (dict(on_bad='hide'), "on_bad must be 'raise' or 'skip'"),
-    (dict(valid='other.csv'), 'other.csv: no such list of videos'), (dict(root='/nowhere'), r'/nowhere/train ünï 0.mp4: no such video file \(and 15 more such files\)')])
+@pytest.mark.parametrize('kw,said', [(dict(bs=13), '^12 training files are too few for a batch of 13: batch_size=12 or '
+                                                   'less would work'), (dict(aug={'hflip': 0.}), 'give one of the two'),
+    (dict(repeats=0), 'repeats must be at least 1, got 0'), (dict(views=0), 'views must be at least 1, got 0'),
+    (dict(on_bad='hide'), "on_bad must be 'raise' or 'skip'"),
+    (dict(valid='other.csv'), 'other.csv: no such list of videos'), (dict(root='/nowhere'), r'/nowhere/train ünï '
+        r'0.mp4: no such video file \(and 15 more such files\)')])
 def test_R38_settings_that_cannot_work(data, kw, said):
     with pytest.raises((ValueError, FileNotFoundError), match=said): dls(data, **kw)
 
@@ -488,7 +548,8 @@ class Mine(Exception): pass
 
 @pytest.mark.parametrize('workers', [0,1])
 def test_R37_own_mistakes_keep_their_type_and_name_the_file(data, workers):
-    for kind in (TypeError, ZeroDivisionError, Mine) if workers else (TypeError, KeyError, IndexError, AssertionError, MemoryError, Mine):
+    for kind in (TypeError, ZeroDivisionError, Mine) if workers else (TypeError, KeyError, IndexError, AssertionError,
+        MemoryError, Mine):
         def wrong(frames): raise kind('my mistake')
         dl = dls(data, tfm=wrong, workers=workers, on_bad='skip').train
         with pytest.raises(kind, match=r'train ünï \d+\.\w+: my mistake'): batches(dl)
@@ -496,41 +557,57 @@ def test_R37_own_mistakes_keep_their_type_and_name_the_file(data, workers):
 def test_R38_lists(tmp):
     "Each mistake is found before anything is decoded, and says list and line"
     path = tmp/'list.csv'
-    for text,said in {'': ': the list is empty', '\n\n  \n': ': the list is empty', 'a.mp4': ", line 1: expected `path label`, got 'a.mp4'", 'a.mp4 0\nb.mp4 -1': ", line 2: the label must be a whole number from 0 up, got '-1'",
-                      'a.mp4 1.0': "got '1.0'", 'a.mp4 cat': "got 'cat'", 'a.mp4 1e3': "got '1e3'", 'a.mp4 ٣': "got '٣'", 'a.mp4 7': ', line 1: the label must be below 7, got 7', 'a.mp4 999999999999999999999': 'must be below 7',
-                      'a.mp4 0\nb.mp4 0\na.mp4 1': ", line 3: 'a.mp4' is already in line 1, with another label", 'a.mp4 0\n./a.mp4 1': ", line 2: './a.mp4' is already in line 1, with another label", '"a.mp4 0': ', line 1: the quotes do not match', '"a"b 0': 'the quotes do not match',
-                      'a.mp4\t0': 'expected `path label`', 'a.mp4,0': 'expected `path label`', '"x\ny.mp4" 0\nb.mp4 9': ', line 3: the label must be below 7, got 9'}.items():
+    for text,said in {'': ': the list is empty', '\n\n  \n': ': the list is empty',
+                      'a.mp4': ", line 1: expected `path label`, got 'a.mp4'",
+                      'a.mp4 0\nb.mp4 -1': ", line 2: the label must be a whole number from 0 up, got '-1'",
+                      'a.mp4 1.0': "got '1.0'", 'a.mp4 cat': "got 'cat'", 'a.mp4 1e3': "got '1e3'",
+                      'a.mp4 ٣': "got '٣'", 'a.mp4 7': ', line 1: the label must be below 7, got 7',
+                      'a.mp4 999999999999999999999': 'must be below 7',
+                      'a.mp4 0\nb.mp4 0\na.mp4 1': ", line 3: 'a.mp4' is already in line 1, with another label",
+                      'a.mp4 0\n./a.mp4 1': ", line 2: './a.mp4' is already in line 1, with another label",
+                      '"a.mp4 0': ', line 1: the quotes do not match', '"a"b 0': 'the quotes do not match',
+                      'a.mp4\t0': 'expected `path label`', 'a.mp4,0': 'expected `path label`',
+                      '"x\ny.mp4" 0\nb.mp4 9': ', line 3: the label must be below 7, got 9'}.items():
         path.write_text(text, encoding='utf8')
         with pytest.raises(ValueError) as e: read_clip_list(path, classes=7)
-        assert str(e.value).startswith(str(path)) and said in str(e.value) and str(e.value).count('\n')<=text.count('x\ny'), (text, str(e.value))
-    for text,said in ((b'caf\xe9.mp4 1', 'not a text file in UTF-8 (invalid continuation byte at byte 3)'), (b'my cat.mp4 0\na b', "line 2: the label must be a whole number from 0 up, got 'b'"),
+        assert (str(e.value).startswith(str(path)) and said in str(e.value)
+                and str(e.value).count('\n')<=text.count('x\ny')), (text, str(e.value))
+    for text,said in ((b'caf\xe9.mp4 1', 'not a text file in UTF-8 (invalid continuation byte at byte 3)'),
+                      (b'my cat.mp4 0\na b', "line 2: the label must be a whole number from 0 up, got 'b'"),
                       (' a.mp4 ²'.encode(), "line 1: the label must be a whole number from 0 up, got '²'")):
         path.write_bytes(text)
         with pytest.raises(ValueError, match=re.escape(said)): read_clip_list(path)
     with pytest.raises(FileNotFoundError, match='none.csv: no such list of videos'): read_clip_list(tmp/'none.csv')
     path.write_text('a.mp4 3\n\nmy cat.mp4  0 \n"sub/the ""cat"".mp4" 1\r\n"two\nlines.mp4" 2\nlast.mp4')
-    assert list(_rows(path))==[(1,'a.mp4','3'), (3,'my cat.mp4','0'), (4,'sub/the "cat".mp4','1'), (5,'two\nlines.mp4','2'), (7,'','last.mp4')]
+    assert list(_rows(path))==[(1,'a.mp4','3'), (3,'my cat.mp4','0'), (4,'sub/the "cat".mp4','1'),
+                               (5,'two\nlines.mp4','2'), (7,'','last.mp4')]
     path.write_bytes('\ufeffa.mp4 0\r\nb c.mp4  1 \r\n'.encode())
     assert {os.path.relpath(k, tmp): v for k,v in read_clip_list(path).items()}=={'a.mp4': 0, 'b c.mp4': 1}
 
-@pytest.mark.parametrize('name', ['a b.mp4', '"quo""ted"" too.mp4"', '"two\nlines.mp4"', 'ünï/視頻.mp4', '"sub/../x y.mp4"'])
+@pytest.mark.parametrize('name', ['a b.mp4', '"quo""ted"" too.mp4"', '"two\nlines.mp4"', 'ünï/視頻.mp4',
+                                  '"sub/../x y.mp4"'])
 def test_R38_paths_end_to_end(tmp, name):
-    "Spaces, quotes, line breaks and other alphabets, relative and absolute, with and without a root: the right video comes"
+    """Spaces, quotes, line breaks and other alphabets, relative and absolute, with and without a root: the right
+    video comes"""
     real,folder = name.strip('"').replace('""', '"'),tmp/f'paths{abs(hash(name))}'
     (folder/real).parent.mkdir(parents=True, exist_ok=True)
     (folder/'sub').mkdir(exist_ok=True)
-    write(folder/real, 20, start=77); write(folder/'other.mp4', 20); write(folder/'held.mp4', 20, start=5); write(folder/'held too.mp4', 20, start=6)
+    write(folder/real, 20, start=77)
+    write(folder/'other.mp4', 20); write(folder/'held.mp4', 20, start=5); write(folder/'held too.mp4', 20, start=6)
     absolute = f'{folder}/{real}'.replace('"', '""')
     for line,root in ((name, None), (name, folder), (f'"{absolute}"', '/nowhere')):
-        (folder/'train.csv').write_text(f'{line} 1\n{folder}/other.mp4 0', encoding='utf8'); (folder/'val.csv').write_text(f'{folder}/held.mp4 0\n"{folder}/held too.mp4" 1')
+        (folder/'train.csv').write_text(f'{line} 1\n{folder}/other.mp4 0', encoding='utf8')
+        (folder/'val.csv').write_text(f'{folder}/held.mp4 0\n"{folder}/held too.mp4" 1')
         d = dls(folder, bs=2, root=root)
         got = {int(y): int(x.min())>=77 for x,y in d.train_ds}
-        assert got=={0: False, 1: True} and sorted(os.path.basename(o) for o in d.train_ds.items)==sorted(['other.mp4', os.path.basename(real)])
+        assert got=={0: False, 1: True}
+        assert sorted(os.path.basename(o) for o in d.train_ds.items)==sorted(['other.mp4', os.path.basename(real)])
 
 def test_R38_classes(data, tmp):
     lists = {k: (data/f'{k}.csv').read_text(encoding='utf8').splitlines() for k in ('train','val')}
     def says(train=lists['train'], val=lists['val'], classes=None):
-        (data/'t.csv').write_text('\n'.join(train), encoding='utf8'); (data/'v.csv').write_text('\n'.join(val), encoding='utf8')
+        (data/'t.csv').write_text('\n'.join(train), encoding='utf8')
+        (data/'v.csv').write_text('\n'.join(val), encoding='utf8')
         if classes: (data/'classes.txt').write_text(classes, encoding='utf8')
         try:
             with pytest.raises(ValueError) as e: clip_files(data, 't.csv', 'v.csv')
@@ -541,7 +618,8 @@ def test_R38_classes(data, tmp):
     assert says(classes='cat\ndog\ncow')=="t.csv: no video of the class 'cow'"
     assert says(classes='cat')=='classes.txt: names 1 classes, the lists have 2'
     assert says(classes='cat\ncat')=="classes.txt: the class 'cat' is named twice"
-    assert says(train=[*lists['train'], 'train ünï 0.mp4 1'])=="t.csv, line 13: 'train ünï 0.mp4' is already in line 1, with another label"
+    assert (says(train=[*lists['train'], 'train ünï 0.mp4 1'])=="t.csv, line 13: 'train ünï 0.mp4' is already in line "
+            "1, with another label")
     assert 'is in \'t.csv\' too' in says(val=[*lists['val'], lists['train'][0]])
     assert clip_classes(tmp, 3)==['0','1','2'] and [clip_classes(tmp, 400)[i] for i in (0,399)]==['abseiling','zumba']
     assert says(train=[*lists['train'], 'gone.mp4 1'])=='gone.mp4: no such video file'
@@ -555,7 +633,8 @@ def test_R38_a_line_written_twice_is_counted(tmp, part, again):
     names = {o: [f'{o}{i}.mp4' for i in (0,1)] for o in ('train','val')}
     for i,o in enumerate((*names['train'], *names['val'])): write(folder/o, 20, start=i)
     again = [o.replace('0.mp4', f'{part}0.mp4').replace('1.mp4', f'{part}1.mp4') for o in again]
-    for o,(a,b) in names.items(): (folder/f'{o}.csv').write_text('\n'.join([f'{a} 0', f'{b} 1', *(again if o==part else [])]))
+    for o,(a,b) in names.items():
+        (folder/f'{o}.csv').write_text('\n'.join([f'{a} 0', f'{b} 1', *(again if o==part else [])]))
     d,said = quiet(lambda: dls(folder, bs=2))
     name,first = again[0].split()[0].strip('"'),int(again[0][-1])+1
     more = f' (and {len(again)-1} more such lines)' if again[1:] else ''
@@ -575,15 +654,20 @@ def test_R38_videos_in_both_lists(tmp, how):
     twin = '1.mp4' if how=='same line' else 'x.mp4'
     (folder/'train.csv').write_text('0.mp4 0\n1.mp4 1\n')
     (folder/'val.csv').write_text(f'2.mp4 0\n{twin} 1\n')
-    with pytest.raises(ValueError, match=r'allow it by allow_shared \(--allow-shared\) if that is meant') as e: dls(folder, bs=2)
-    assert "'train.csv' too" in str(e.value) if how=='same line' else f"{folder/'1.mp4'} and {folder/'x.mp4'} are one and the same file, in training and held out" in str(e.value)
+    with pytest.raises(ValueError, match=r'allow it by allow_shared \(--allow-shared\) if that is meant') as e:
+        dls(folder, bs=2)
+    assert ("'train.csv' too" in str(e.value) if how=='same line' else f"{folder/'1.mp4'} and {folder/'x.mp4'} are one "
+            f"and the same file, in training and held out" in str(e.value))
     d,said = quiet(lambda: dls(folder, bs=2, allow_shared=True))
-    assert len(d.train_ds)==len(d.valid_ds)==2 and len(said)==1 and said[0].endswith('are one and the same file, in training and held out')
+    assert len(d.train_ds)==len(d.valid_ds)==2 and len(said)==1
+    assert said[0].endswith('are one and the same file, in training and held out')
     if how=='same line':
         (folder/'val.csv').write_text('2.mp4 1\n1.mp4 0\n')
-        with pytest.raises(ValueError, match="'.*1.mp4' has another label in 'train.csv'"): dls(folder, bs=2, allow_shared=True)
+        with pytest.raises(ValueError, match="'.*1.mp4' has another label in 'train.csv'"):
+            dls(folder, bs=2, allow_shared=True)
     else:
-        (folder/'train.csv').write_text('0.mp4 0\n1.mp4 1\nx.mp4 1'); (folder/'val.csv').write_text('2.mp4 0\n3.mp4 1\n')
+        (folder/'train.csv').write_text('0.mp4 0\n1.mp4 1\nx.mp4 1')
+        (folder/'val.csv').write_text('2.mp4 0\n3.mp4 1\n')
         d,said = quiet(lambda: dls(folder, bs=2))
         assert len(d.train_ds)==3 and said==[f"{folder/'1.mp4'} and {folder/'x.mp4'} are one and the same file"]
 
@@ -597,7 +681,8 @@ def test_R38_class_folders_of_videos(tmp):
     (tmp/'classes'/'__MACOSX').mkdir()
     items,said = quiet(lambda: folder_items(tmp/'classes', Clips()))
     assert [(Path(p).name, i) for p,i in items]==[('a.mp4',0),('c.MOV',0),('a.mp4',1),('c.MOV',1)]
-    assert len(said)==1 and ': 6 files are left out, being none of .3gp, .avi, .flv and such: 4 hidden, 2 .gif (as ' in said[0]
+    assert len(said)==1
+    assert ': 6 files are left out, being none of .3gp, .avi, .flv and such: 4 hidden, 2 .gif (as ' in said[0]
 
 def test_class_folders_of_videos_for_training(tmp):
     "Without lists, a folder for each class: the same batches as from lists of the same files"
@@ -611,8 +696,10 @@ def test_class_folders_of_videos_for_training(tmp):
 
 AUG = dict(rand_aug='rand-m7-n4-mstd0.5-inc1', erase=.5)
 def test_R40_batches_depend_on_seed_and_list_alone(data):
-    "Bit for bit the same at 0, 1 and 2 workers, two epochs, whatever the global generators do; from the middle of an epoch; and shared out to two processes"
-    def loader(workers=0, seed=3, bs=4, **kw): return dls(data, tfm=None, aug=AUG, repeats=2, workers=workers, seed=seed, bs=bs, **kw).train
+    """Bit for bit the same at 0, 1 and 2 workers, two epochs, whatever the global generators do; from the middle of
+    an epoch; and shared out to two processes"""
+    def loader(workers=0, seed=3, bs=4, **kw):
+        return dls(data, tfm=None, aug=AUG, repeats=2, workers=workers, seed=seed, bs=bs, **kw).train
     dl = loader()
     first = [batches(dl), batches(dl)]
     assert [o[0].shape for o in first[0]]==[(8,3,4,48,64)]*3 and not same(*first)
@@ -671,4 +758,5 @@ def test_each_direction_is_as_frequent_and_colours_are_normalised(tmp):
     dl.set_epoch(0, len(dl)-15)
     x = torch.cat([x.as_subclass(torch.Tensor) for x,_ in dl])   # 480 of the 1,437
     assert abs(x.mean())<.03 and abs(x.std()-1)<.03
-    with pytest.raises(ValueError, match='train: holds other things than the moving digits'): moving_digits(folder/'train')
+    with pytest.raises(ValueError, match='train: holds other things than the moving digits'):
+        moving_digits(folder/'train')

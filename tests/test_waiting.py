@@ -1,5 +1,6 @@
-"""A step on CUDA makes the host wait for nothing. Here on a device that is not there (`fake_cuda.py`), which raises wherever a value would be read;
-on a real one `test_gpu.py` asks PyTorch itself, which raises at every synchronisation."""
+"""A step on CUDA makes the host wait for nothing. Here on a device that is not there (`fake_cuda.py`), which raises
+wherever a value would be read; on a real one `test_gpu.py` asks PyTorch itself, which raises at every
+synchronisation."""
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -26,10 +27,12 @@ def step(make, amp=None, loss=None, change=lambda m: None, **kw):
         with torch.autocast('cuda', amp or torch.bfloat16, enabled=amp is not None): out = outputs(m(*xs))
         total = loss(out[0], target) if loss else sum(o.float().square().mean() for o in out)
         ps = needing(m)
-        for p,g in zip(ps, gradients([total], ps, [torch.ones_like(total)])): assert g is None or (g.shape,g.dtype,g.device)==(p.shape,p.dtype,p.device)
+        for p,g in zip(ps, gradients([total], ps, [torch.ones_like(total)])):
+            assert g is None or (g.shape,g.dtype,g.device)==(p.shape,p.dtype,p.device)
         return cuda
 
-STEPS = dict(sequence=partial(sequence, 2, 2, b=3), tail=partial(tailed, 2, 2, b=3), vit=partial(vit, 2, 2, b=3), lean=partial(vit, 2, 2, b=3, drop=0),
+STEPS = dict(sequence=partial(sequence, 2, 2, b=3), tail=partial(tailed, 2, 2, b=3), vit=partial(vit, 2, 2, b=3),
+    lean=partial(vit, 2, 2, b=3, drop=0),
     images=partial(mvit, (1,), 3, None, b=2), clips=partial(clip, (1,), 3, None, b=2, drop_whole=True))
 steps = pytest.mark.parametrize('make', STEPS.values(), ids=STEPS.keys())
 
@@ -42,7 +45,8 @@ def test_a_step_waits_for_nothing(make, amp):
 
 @pytest.mark.parametrize('on,exact', [(True,True), (True,False), (False,True), (False,False)], ids=str)
 @pytest.mark.parametrize('make', [STEPS[o] for o in ('sequence','lean','images')], ids=['sequence','lean','images'])
-def test_every_mode(make, on, exact): step(make, torch.bfloat16, change=lambda m: m.set_reversible(on, exact=exact), rate=int(on))
+def test_every_mode(make, on, exact):
+    step(make, torch.bfloat16, change=lambda m: m.set_reversible(on, exact=exact), rate=int(on))
 
 @pytest.mark.parametrize('loss', [cross_entropy, partial(cross_entropy, label_smoothing=.1)], ids=['hard','smooth'])
 def test_losses(loss): step(STEPS['lean'], torch.bfloat16, loss)
@@ -57,7 +61,8 @@ def _find(x): x.nonzero(); return x
 def _choose(x): return x.masked_fill(x>0, 0.) + x[x>0].sum()
 def _fetch(x): return x + x.detach().cpu().sum().to(x.device)
 def _send(x): return x + torch.ones(x.shape[-1]).to(x.device)
-def _send_later(x): return x + torch.ones(x.shape[-1]).to(x.device, non_blocking=True)   # not pinned, so it waits after all
+# not pinned, so it waits after all
+def _send_later(x): return x + torch.ones(x.shape[-1]).to(x.device, non_blocking=True)
 def _same(x): torch.equal(x, x); return x
 
 class Layer(nn.Module):
@@ -68,7 +73,8 @@ class Layer(nn.Module):
 def test_what_waits_is_seen(fn):
     "In a layer of the user's: the test above could fail"
     def change(m): m[1].g = Layer(fn, m[1].g)
-    with pytest.raises((Waits,torch._subclasses.fake_tensor.DynamicOutputShapeException)): step(STEPS['sequence'], change=change)
+    with pytest.raises((Waits,torch._subclasses.fake_tensor.DynamicOutputShapeException)):
+        step(STEPS['sequence'], change=change)
 
 def test_the_self_check_waits_where_it_shall_stop():
     "An error must come at once, a warning may come with the next step"
@@ -101,25 +107,31 @@ class Batches(list):
     dataset = property(list)
 
 def trained(recipe, cbs=(), amp='off', bar=False, every=None):
-    with fake_cuda() as cuda, patch.object(Learner, '_backward', backward), patch('fastai.losses.TensorBase', lambda x: x):   # a kind of tensor that a fake one cannot be
+    # a kind of tensor that a fake one cannot be
+    with fake_cuda() as cuda, patch.object(Learner, '_backward',
+                                           backward), patch('fastai.losses.TensorBase', lambda x: x):
         x,y = torch.rand(4, 1, 16, 16, device='cuda'),torch.zeros(4, dtype=torch.long, device='cuda')
         dls = DataLoaders(Batches([(x,y)]*6), Batches([]))
         dls.vocab = [str(o) for o in range(10)]
         learn = learner(dls, recipe, amp=amp)
         with ExitStack() as stack:
             if not bar: stack.enter_context(learn.no_bar())
-            stack.enter_context(patch('timm.utils.model_ema.torch.Generator', lambda device, new=torch.Generator: new()))
+            stack.enter_context(patch('timm.utils.model_ema.torch.Generator',
+                                      lambda device, new=torch.Generator: new()))
             stack.enter_context(learn.no_logging())
-            stack.enter_context(patch('revvit.training.progress.step_memory', lambda model, x: (1,2)))   # it counts storages, which fake tensors lack
+            # it counts storages, which fake tensors lack
+            stack.enter_context(patch('revvit.training.progress.step_memory', lambda model, x: (1,2)))
             if every: learn.plain_log.every = every
             stack.enter_context(patch.object(Learner, '_do_epoch_validate', lambda *a, **kw: None))
             learn.fit(1, cbs=[Strict(cuda), Loose(cuda), *cbs])
         return learn,cuda
 
-small = replace(recipes['digits'], epochs=1, batch_size=4, warmup_epochs=0, model_args=dict(patch_size=4, embed_dim=16, num_heads=2, depth=2, drop_path_rate=.2))
+small = replace(recipes['digits'], epochs=1, batch_size=4, warmup_epochs=0,
+                model_args=dict(patch_size=4, embed_dim=16, num_heads=2, depth=2, drop_path_rate=.2))
 
 @pytest.mark.parametrize('bar', [False,True], ids=['quiet','bar'])
-@pytest.mark.parametrize('recipe', [small, replace(small, clip=None), replace(small, mixup=.8, cutmix=1.), replace(small, average=.9)], ids=['clip','free','mixed','average'])
+@pytest.mark.parametrize('recipe', [small, replace(small, clip=None), replace(small, mixup=.8, cutmix=1.),
+                                    replace(small, average=.9)], ids=['clip','free','mixed','average'])
 def test_a_learners_step_waits_for_nothing(recipe, bar):
     "Schedule, seeds, mixing, loss, its record, the check of the gradients, the limit, AdamW, the average and the bar"
     learn,cuda = trained(recipe, bar=bar)
