@@ -304,6 +304,26 @@ def test_memory_is_that_of_the_batch(b):
     m.set_reversible(False)
     assert got == (want, saved_bytes(lambda: m(x), m, x)) and got[0] < got[1]
 
+@pytest.mark.parametrize('b', [2,7])
+def test_what_is_kept_once_counts_once(b):
+    "Weights in another precision, say, which do not grow with the batch"
+    m,x = small_net(),torch.rand(b,1,16,16)
+    with torch.autocast('cpu', torch.bfloat16):
+        _,plain = step_memory(m, x)
+        m.eval().set_reversible(False)
+        one,all = (saved_bytes(lambda: m(o), m, x) for o in (x[:1],x))
+    assert plain == all < b*one
+
+def test_accuracy_of_the_lines(dls):
+    "The share of right answers since the line before"
+    told,right,log = [],[],PlainLog(4)
+    log.sinks.append(lambda numbers,step: told.append(numbers.get('train/accuracy')))
+    def note(cb):
+        if cb.training: right.append((cb.pred.argmax(1)==cb.y).float().mean().item())
+    quiet(made(dls, log, Callback(after_loss=note)), 'fit', 1)
+    want = [sum(right[a:b])/(b-a) for a,b in ((0,1),(1,4),(4,8),(8,11))]
+    assert told[:4] == pytest.approx(want, abs=1e-6) and len(right) == 11
+
 def test_a_run_is_not_changed_by_being_measured(dls, tmp_path):
     ends = []
     for cbs in ((), (RunLog(),)):

@@ -13,9 +13,10 @@ from revvit.data.images import ImageTransform
 from revvit.data.video_file import write_video
 from revvit.data.views import ClipCrops
 from revvit.models.checkpoints import input_settings, save_checkpoint
-from revvit.use.evaluation import class_index, eval_loader, evaluate, folder_items
+from revvit.use.evaluation import class_index, eval_loader, evaluate, folder_items, per_class
 from revvit.use.inference import (aliases, class_names, describe_probs, evaluating, extract_feat, get_model,
                                   inference_model, model_name, predict_file, predict_views, recognise_model)
+from revvit.use.many import predict_files
 from revvit.use.reader import Reader
 
 TINY = 'revvit_tiny_patch16_224'
@@ -488,3 +489,20 @@ def test_accuracy_of_videos(tmp_path):
         assert_close(evaluate(c, dl), got, rtol=0, atol=1e-6)
     (tmp_path/'val.csv').write_text('a/v.mp4 0\nb/v.mp4 3\n')
     with said('val.csv, line 2: the label must be below 3, got 3'): eval_loader(c, tmp_path)
+
+def test_classes_one_by_one():
+    "Of the files that are of a class, not of those taken for it; a class without files has no line"
+    judged = dict(label=tensor([0,0,2,2]), predicted=tensor([0,2,2,2]), place=tensor([0,1,0,0]))
+    assert per_class(judged, ['cat','cow','dog']) == [
+        {'class': 'cat', 'label': 0, 'n': 2, 'top1': .5}, {'class': 'dog', 'label': 2, 'n': 2, 'top1': 1.}]
+
+def test_many_files_one_by_one(tmp_path, monkeypatch):
+    "Each answer is checked under the name of its file, and mixed precision reaches the model"
+    torch.manual_seed(0)
+    m = timm.create_model('revvit_tiny_patch16_224', img_size=32, num_classes=3, embed_dim=24, num_heads=2, depth=1)
+    nn.init.normal_(m.head.weight)
+    files,named = [str(tmp_path/f'{i}.png') for i in range(5)],[]
+    for i,o in enumerate(files): Image.new('RGB', (32,32), (40*i,0,90)).save(o)
+    monkeypatch.setattr('revvit.use.many.check_probs', lambda probs, file: named.append(file))
+    full,half = (torch.stack([p for p,_ in predict_files(m, files, bs=2, amp=amp)]) for amp in ('off','bf16'))
+    assert named == files*2 and 0 < (full-half).abs().max() < .05

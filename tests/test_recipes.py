@@ -14,6 +14,7 @@ from revvit.training.layers import freeze, layer_groups
 from revvit.training.learner import learner
 from revvit.training.own_data import own_recipe, read_recipe, recipe_text
 from revvit.training.recipes import Recipe, recipe_dls, recipe_model, recipes, warmup_cosine
+from revvit.use.choices import fit_to_weights
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -274,6 +275,12 @@ def test_recipe_files_that_are_none(text, said, tmp_path):
     if text is not None: (tmp_path/'r.json').write_text(text)
     with pytest.raises((ValueError, FileNotFoundError), match=said) as e: read_recipe(tmp_path/'r.json')
     assert str(e.value).startswith(str(tmp_path/'r.json'))
+
+def test_foreign_weights_bring_their_model(tmp_path):
+    "A bare file of a published network is known by its tensors; the data keep their size"
+    torch.save(timm.create_model('revvit_tiny_patch16_224').state_dict(), tmp_path/'w.pth')
+    r = recipes['fine_tune_images']
+    assert fit_to_weights(r, tmp_path/'w.pth') == replace(r, model='revvit_tiny_patch16_224') != r
 
 def test_yaml_numbers_without_a_point(tmp_path):
     "PyYAML takes 1e-3 for text"
