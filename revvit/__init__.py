@@ -17,6 +17,7 @@ if _command.startswith('revvit_') and _first and _signal.getsignal(_signal.SIGIN
 
 from .core.coupling import couple, uncouple
 from .core.block import ReversibleBlock
+from .core.context import PerBlock, PerImage
 from .core.dial import Plan, chunk_size
 from .core.exact import self_check, set_self_check
 from .core.sequence import ReversibleSequence

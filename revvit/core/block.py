@@ -18,22 +18,32 @@ from .coupling import couple, uncouple
 from .exact import Snap
 from .state import *
 from .replay import *
+from .context import given_to
 from .dial import chunk_size, is_large
 from .engine import kernel_for, make_call
 
 # %% ../../nbs/core/06_block.ipynb #2b340db7
+_OWN = {'self','x','x1','x2','y1','y2','tail','chunk','exact'}   # what sequences and blocks are called with
+
 class ReversibleBlock(nn.Module):
     "Two-stream residual block: `y1 = x1 + f(x2)`, then `y2 = x2 + g(y1)`"
+    f_takes = g_takes = ()   # for those that were pickled before there were any
     inverse:Callable[...,tuple[torch.Tensor,torch.Tensor]]   # below
     def __init__(self,
         f:nn.Module, # Reads the second stream, images first; keeps its shape and treats each image alone
         g:nn.Module, # Reads the first output; likewise
         drop_path:float=0., # Probability, 0 to below 1, that an image skips a half in training
         shared_drop_path:bool=False, # Whether an image that skips `f` skips `g` too
+        f_takes:tuple=(), # Names of the context arguments that `f` takes
+        g_takes:tuple=(), # Likewise for `g`
     ):
         super().__init__()
         for n,m in (('f',f),('g',g)): check_repeatable(n, m)
         self.f,self.g,self.drop_path,self.shared_drop_path = f,g,drop_path,shared_drop_path
+        for n,takes in (('f_takes',f_takes),('g_takes',g_takes)):
+            if isinstance(takes, str): raise ValueError(f"{n} is a tuple of names, got '{takes}'")
+            if bad:=_OWN&{*takes}: raise ValueError(f"{n}: a context argument cannot be called {min(bad)}")
+            setattr(self, n, tuple(takes))
 
     @property
     def drop_path(self): return self._drop_path
@@ -69,11 +79,13 @@ def calls(self:ReversibleBlock,
     i:int, # Its number, for messages
     x:torch.Tensor, # A stream, images first
     chunk:int, # Images at a time
+    context:dict|None=None, # Context arguments of this block
 )->tuple: # Two `Call`s
     "`f` and `g` as calls on images like `x`, with drop path drawn"
     scale,(a,b) = self.scale(),self.survivors(x)
-    f = make_call(self.f, f'f of block {i}', x, chunk, a, scale)
-    return f,make_call(self.g, f'g of block {i}', x, chunk, b, scale)
+    fc,gc = (given_to(o, context) if context else None for o in (self.f_takes,self.g_takes))
+    f = make_call(self.f, f'f of block {i}', x, chunk, a, scale, fc)
+    return f,make_call(self.g, f'g of block {i}', x, chunk, b, scale, gc)
 
 # %% ../../nbs/core/06_block.ipynb #1a7e61ce
 class _Pieces(Function):
@@ -105,13 +117,19 @@ def _in_pieces(m, x):
     return torch.cat([_Pieces.apply(o, kernel, *kernel.params) for o in x.split(1)])
 
 # %% ../../nbs/core/06_block.ipynb #2c55cc6a
-def _in_parts(m, xs, chunk, exact):
+def _call(m, xs, given, rows=ALL):
+    "`m` of the images `rows`"
+    kwargs = {} if given is None else given.kwargs(given.cut(rows))
+    return m(*(part_of(x, rows) for x in xs), **kwargs)
+
+def _in_parts(m, xs, chunk, exact, given):
     "`m` of a few images at a time, as the reversible mode computes it"
+    if exact and given: given = given.own()
     enter,parts,outs = same_autocast(xs[0].device),equal_parts(len(xs[0]), chunk),[]
     own = [(p,p.view_as(p)) for p in m.parameters() if p.requires_grad] if exact and len(parts)>1 else []
     for rows in parts:
         lend = Lend([(p,q.view_as(q)) for p,q in own]) if own else nullcontext()
-        with enter(), lend: outs.append(m(*(part_of(x, rows) for x in xs)))
+        with enter(), lend: outs.append(_call(m, xs, given.own() if exact and given else given, rows))
     return outs[0] if len(outs)==1 else torch.cat(outs)
 
 def stored_call(
@@ -119,25 +137,29 @@ def stored_call(
     xs:tuple, # One stream, or for a tail both
     chunk:int|None, # Images at a time; by default `chunk_size`
     exact:bool, # Whether every part is computed as in the exact mode
+    given=None, # Context arguments, as `Given`
 ): # What `m` returns
     "`m(*xs)`, in the parts of the reversible mode where numbers depend on them"
-    if torch.compiler.is_compiling(): return m(*xs)
+    if torch.compiler.is_compiling(): return _call(m, xs, given)
     n,chunk,graph = len(xs[0]),chunk or chunk_size(xs[0]),torch.is_grad_enabled()
-    def first(): return m(*(x[:chunk] for x in xs))
-    if graph and exact and len(xs)==1 and is_large(*xs, chunk) and (o:=_in_pieces(m, *xs)) is not None: return o
+    def first(): return _call(m, xs, given, slice(chunk))
+    large = graph and exact and len(xs)==1 and given is None and is_large(*xs, chunk)
+    if large and (o:=_in_pieces(m, *xs)) is not None: return o
     parted = graph and exact or n>chunk and draws(m, first, xs[0].device)
-    return _in_parts(m, xs, chunk, exact) if parted else m(*xs)
+    return _in_parts(m, xs, chunk, exact, given) if parted else _call(m, xs, given)
 
 # %% ../../nbs/core/06_block.ipynb #9631f7a6
 class _StoredHalf:
     "`m` for the images `rows` and zero for the others"
-    def __init__(self, m, rows, scale, chunk, exact):
-        self.m,self.rows,self.scale,self.chunk,self.exact = m,rows,scale,chunk,exact
+    def __init__(self, m, rows, scale, chunk, exact, given=None):
+        self.m,self.rows,self.scale,self.chunk,self.exact,self.given = m,rows,scale,chunk,exact,given
     def __call__(self, x):
-        if self.rows is None: o = stored_call(self.m, (x,), self.chunk, self.exact)
+        given = self.given
+        if self.rows is None: o = stored_call(self.m, (x,), self.chunk, self.exact, given)
         else:
             (part,),n = take((x,), self.rows)
-            o = stored_call(self.m, (part,), self.chunk or chunk_size(x), self.exact)
+            if given: given = given.holding(given.cut(self.rows))
+            o = stored_call(self.m, (part,), self.chunk or chunk_size(x), self.exact, given)
             o = o.new_zeros(x.shape).index_add(0, self.rows, (o if n else o[:0])*self.scale)
         return Snap.apply(o, x.dtype) if self.exact else o
 
@@ -158,7 +180,7 @@ def _alone(block, xs):
     if saving_is_hooked(): return False
     return any(o.requires_grad for o in (*xs, *block.parameters()))
 
-def _say_stored(block, fn, name, why, *args):
+def _say_stored(block, fn, name, why, *args, **context):
     "A block by ordinary autograd, with a sentence about what that costs"
     _told.add(block)
     kept,known = {},set()
@@ -171,7 +193,7 @@ def _say_stored(block, fn, name, why, *args):
         s = memory(t)
         if s is not None and s.data_ptr() not in known: kept[s.data_ptr()] = s.nbytes()
         return t
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): out = fn(*args)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): out = fn(*args, **context)
     warnings.warn(f"{name} goes by ordinary autograd, because {why}: it stores {sum(kept.values())/1e6:.3g} MB "
                   "of activations that would be rebuilt", RuntimeWarning)
     return out
@@ -182,10 +204,12 @@ def run_stored(
     name:str, # What messages call it
     why:str, # Why it is not rebuilt
     xs:tuple, # Both streams
+    context:dict|None=None, # Context arguments of this block
 ): # Both streams
     "A block by ordinary autograd, and once a sentence about what that costs"
-    if block in _told or saving_is_hooked() or not torch.is_grad_enabled(): return block(*xs)
-    return _say_stored(block, block, name, why, *xs)
+    context = context or {}
+    if block in _told or saving_is_hooked() or not torch.is_grad_enabled(): return block(*xs, **context)
+    return _say_stored(block, block, name, why, *xs, **context)
 
 # %% ../../nbs/core/06_block.ipynb #fbc47f90
 @patch
@@ -194,24 +218,27 @@ def forward(self:ReversibleBlock,
     x2:torch.Tensor, # Second stream
     chunk:int|None=None, # Images at a time for layers that draw random numbers, and in the exact mode
     exact:bool=False, # Round to the grid of the exact mode
+    **context, # Context arguments: tensors, `PerImage`, or any other values
 ):
     if _alone(self, (x1,x2)):
         why = 'it is called by itself (give it to a ReversibleSequence)'
-        return _say_stored(self, self.forward, 'a ReversibleBlock', why, x1, x2, chunk, exact)
-    rows,scale = self.survivors(x1),self.scale()
-    return couple(x1, x2, *(_StoredHalf(m, o, scale, chunk, exact) for m,o in zip((self.f,self.g), rows)))
+        return _say_stored(self, self.forward, 'a ReversibleBlock', why, x1, x2, chunk, exact, **context)
+    (a,b),scale = self.survivors(x1),self.scale()
+    f = _StoredHalf(self.f, a, scale, chunk, exact, given_to(self.f_takes, context))
+    return couple(x1, x2, f, _StoredHalf(self.g, b, scale, chunk, exact, given_to(self.g_takes, context)))
 
 @patch
 def inverse(self:ReversibleBlock,
     y1:torch.Tensor, # First output
     y2:torch.Tensor, # Second output
     exact:bool=False, # As the block was computed
+    **context, # Likewise
 )->tuple: # `(x1,x2)`
     "The block's inputs, from its outputs"
-    halves,device = (self.f,self.g),y1.device
-    before = rng_states(device)
-    xs = uncouple(y1, y2, *(_StoredHalf(m, None, 1., len(y1), exact) for m in halves))
-    drawn = rng_moved(device, before) and any(drew(m, partial(m, y1), device) for m in halves)
+    halves,device = ((self.f,self.f_takes),(self.g,self.g_takes)),y1.device
+    before,halves = rng_states(device),[(m,given_to(takes, context)) for m,takes in halves]
+    xs = uncouple(y1, y2, *(_StoredHalf(m, None, 1., len(y1), exact, o) for m,o in halves))
+    drawn = rng_moved(device, before) and any(drew(m, partial(_call, m, (y1,), o), device) for m,o in halves)
     if (self.training and self.drop_path) or drawn:
         raise RuntimeError("drop path or dropout is on, and the inverse does not know what it drew: call eval() first")
     return xs

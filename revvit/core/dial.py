@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 from torch.autograd.graph import saved_tensors_hooks
 from .state import rng_states, same_autocast, set_rng_states
+from .context import given_to
 
 # %% ../../nbs/core/04_dial.ipynb #d74d8bba
 @dataclass(frozen=True)
@@ -47,26 +48,31 @@ def check_keep(keep):
 # %% ../../nbs/core/04_dial.ipynb #708b8480
 _measured = WeakKeyDictionary()
 
-def _saved(block, x):
+def _saved(block, x, context):
     "Bytes that autograd saves for a block on `x`"
     sizes = {}
     def note(t):
         if t.layout==torch.strided: sizes[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
         return t
-    leaf = x.detach().clone().requires_grad_()
-    with torch.enable_grad(), saved_tensors_hooks(note, lambda t: t): held = block.f(leaf),block.g(leaf)
+    leaf,rows = x.detach().clone().requires_grad_(),torch.zeros(len(x), dtype=torch.long, device=x.device)
+    given = [given_to(takes, context) for takes in (block.f_takes,block.g_takes)]
+    f,g = ({} if o is None else o.kwargs(o.cut(rows)) for o in given)
+    with torch.enable_grad(), saved_tensors_hooks(note, lambda t: t): held = block.f(leaf, **f),block.g(leaf, **g)
     return sum(sizes.values())
 
 def stored_bytes(
     block, # With halves `f` and `g`
     x:torch.Tensor, # A stream, images first
+    context:dict|None=None, # Its context arguments
 )->int: # Bytes an image
     "What ordinary autograd would store for a block"
-    key = x.shape[1:],x.dtype,x.device,block.training,torch.is_autocast_enabled(x.device.type)
+    context = {k:v for k,v in (context or {}).items() if v is not None}
+    key = x.shape[1:],x.dtype,x.device,block.training,torch.is_autocast_enabled(x.device.type),*sorted(context)
     known = _measured.setdefault(block, {})
     if key not in known:
         states,one = rng_states(x.device),x[:1].detach()
-        with same_autocast(x.device)(): known[key] = _saved(block, torch.cat((one,one)))-_saved(block, one)
+        with same_autocast(x.device)():
+            known[key] = _saved(block, torch.cat((one,one)), context)-_saved(block, one, context)
         set_rng_states(x.device, states)
     return known[key]
 

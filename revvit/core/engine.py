@@ -14,6 +14,7 @@ from torch.autograd import Function
 from .exact import add_, grid, start_of
 from .state import *
 from .replay import *
+from .context import ContextCall, Given
 from .dial import is_large
 
 # %% ../../nbs/core/05_engine.ipynb #21fd6356
@@ -63,12 +64,14 @@ def make_call(
     chunk:int, # Images at a time
     rows:torch.Tensor|None=None, # Indices of the images that it works on; None for all
     scale:float=1., # What the result is multiplied by
+    given:Given|None=None, # Context arguments
 )->Call:
     "A call of `m`, by its own backward pass where it has one that fits"
-    kernel = kernel_for(m, x, chunk)
+    kernel = kernel_for(m, x, chunk) if given is None else None
     record = Record(m, kernel and kernel.modules)
     if kernel is not None: return _Fused(kernel, record, name, x, chunk, rows, scale)
     if m.training: refuse_statistics(name, m, record.modules)   # it may have been put there since
+    if given is not None: return ContextCall(given, record, name, x, chunk, rows, scale)
     return Call(record, name, x, chunk, rows, scale)
 
 # %% ../../nbs/core/05_engine.ipynb #87a88a4e
@@ -210,16 +213,16 @@ class _Block(Function):
     @staticmethod
     def backward(ctx, d1, d2):
         t,f,g,ds = ctx.tape,ctx.f,ctx.g,[d1,d2]
-        needs,k,used = ctx.needs_input_grad[6:],len(f.params),[d is not None for d in ds]
+        needs,n,k,used = ctx.needs_input_grad[6:],len(f.params),len(g.params)+len(g.context),[d is not None for d in ds]
         with t:
             d1,d2 = (torch.zeros_like(y) if d is None else d for d,y in zip(ds, (t.y1,t.y2)))
-            gg,fed = _half_backward(g, t.y1, t.y2, d1, d2, needs[k:], t.exact, used[1], not ctx.keep)
+            gg,fed = _half_backward(g, t.y1, t.y2, d1, d2, needs[n:n+k], t.exact, used[1], not ctx.keep)
             if ctx.keep: t.y2.copy_(ctx.saved_tensors[0])
             used[0] |= fed
-            gf,fed = _half_backward(f, t.y2, t.y1, d2, d1, needs[:k], t.exact, used[0])
+            gf,fed = _half_backward(f, t.y2, t.y1, d2, d1, needs[:n]+needs[n+k:], t.exact, used[0])
             used[1] |= fed
             if not any(ctx.needs_input_grad[:2]): t.finish()
-        return *(d if u else None for d,u in zip((d1,d2), used)),None,None,None,None,*gf,*gg
+        return *(d if u else None for d,u in zip((d1,d2), used)),None,None,None,None,*gf[:n],*gg,*gf[n:]
 
 # %% ../../nbs/core/05_engine.ipynb #b182e58e
 class _Exit(Function):
@@ -291,8 +294,9 @@ def run_in_place(
     "Blocks one after another in place; the backward pass rebuilds their inputs"
     x1,x2 = _Enter.apply(x1, x2, tape)
     for f,g,keep in calls(x1):
-        tape.params += f.params + g.params
-        x1,x2 = _Block.apply(x1, x2, tape, f, g, keep, *f.params, *g.params)
+        context = *g.context,*f.context   # autograd adds up their gradients in this order, the way back's
+        tape.params += [*f.params, *g.params, *context]
+        x1,x2 = _Block.apply(x1, x2, tape, f, g, keep, *f.params, *g.params, *context)
     if tail is None: return _Exit.apply(x1, x2, tape)
     call = tail(x1)
     tape.params += call.params

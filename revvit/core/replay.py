@@ -76,6 +76,7 @@ def take(
 
 class Call:
     "One call of `m` on some images, with what repeating it needs"
+    kwargs,context = {},()   # what the module is given beside streams, and what of that needs a gradient
     def __init__(self,
         record:Record, # Of F, G or a tail
         name:str, # What messages call it
@@ -207,7 +208,7 @@ def vjp(self:Call, i, xs, d, rebuild=True):
         if now: set_rng_states(self.device, self.rng[i])
         with torch.enable_grad(), self.autocast(), self.lend():
             # what counts operations by hooks on all modules wants inputs that are no leaves
-            o = self.m(*(l.view_as(l) for l in leaves)) if global_hooks() else self.m(*leaves)
+            o = self.m(*(l.view_as(l) if global_hooks() else l for l in leaves), **self.kwargs)
     finally:
         if now: set_rng_states(self.device, now)
     with torch.enable_grad(): o = self.scaled(o if n else o[:0])

@@ -15,6 +15,7 @@ from torch import nn
 from .coupling import check_alike, describe
 from .exact import GRID, Snap, grid, hear
 from .state import amp_dtype, transforming
+from .context import check_context, for_block, tensors_given
 from .dial import Plan, check_keep, chunk_size, spend, stored_bytes, tail_chunk_size
 from .engine import Tape, make_call, run_in_place
 from .block import ReversibleBlock, by_sequence, run_stored, stored_call, why_stored
@@ -55,10 +56,12 @@ class ReversibleSequence(nn.ModuleList):
 @patch
 def plan(self:ReversibleSequence,
     x:torch.Tensor, # A stream like those that will come
+    **context, # Context arguments, as `forward` will get them
 )->Plan: # What it keeps, in bytes and in words
     "How `keep` is spent"
     if not len(self): return spend(self.keep, 0, 0, 0)
-    stored = stored_bytes(self[len(self)//2], x)*len(x) if 0<self.keep<1 else 0
+    stored,mid = 0,len(self)//2
+    if 0<self.keep<1: stored = stored_bytes(self[mid], x, for_block(context, mid))*len(x)
     return spend(self.keep, len(self), stored, x.nbytes)
 
 # %% ../../nbs/core/07_sequence.ipynb #57d72067
@@ -71,20 +74,20 @@ _KEPT = 'keep says so'
 _NO_GRAPH = "a reversible run cannot be part of a compiled graph: call set_reversible(False) for fullgraph=True"
 
 @patch
-def _rebuilt(self:ReversibleSequence, blocks, x1, x2, tail, tape, x2_of):
+def _rebuilt(self:ReversibleSequence, blocks, x1, x2, tail, tape, x2_of, context):
     "`blocks`, with their numbers, in place; of those in `x2_of` the second stream is kept"
     chunk = self.chunk or chunk_size(x1)
     def calls(x):
-        for i,b in blocks: yield *b.calls(i, x, chunk),i in x2_of
+        for i,b in blocks: yield *b.calls(i, x, chunk, for_block(context, i) if context else None),i in x2_of
     def last(x): return make_call(tail, 'the tail', x, self.chunk or tail_chunk_size(x))
     return run_in_place(x1, x2, tape, calls, None if tail is None else last)
 
 @patch
 @torch.compiler.disable(reason=_NO_GRAPH)
-def _reverse(self:ReversibleSequence, x1, x2, tail, exact):
+def _reverse(self:ReversibleSequence, x1, x2, tail, exact, context):
     "Runs in place, with stored blocks in between"
     hear()
-    plan,n = self.plan(x1),len(self)
+    plan,n = self.plan(x1, **context),len(self)
     numbered = ((why_stored(b) or (_KEPT if i<plan.whole else None),(i,b)) for i,b in enumerate(self))
     runs = [(why,[o for _,o in g]) for why,g in groupby(numbered, lambda o: o[0])]
     if tail is not None and (not runs or runs[-1][0]): runs.append((None,[]))
@@ -94,43 +97,45 @@ def _reverse(self:ReversibleSequence, x1, x2, tail, exact):
         if why is None:
             name = _span(blocks) + (f' of {self.name}' if self.name else '')
             tape = Tape(name, exact and bool(blocks), amp, fresh, params, k==first_back)
-            out = self._rebuilt(blocks, *out, tail if k==last else None, tape, range(n-plan.x2, n))
-        elif why is _KEPT: out = self._run_plainly(blocks, *out, exact)
+            out = self._rebuilt(blocks, *out, tail if k==last else None, tape, range(n-plan.x2, n), context)
+        elif why is _KEPT: out = self._run_plainly(blocks, *out, exact, context)
         else:
             with by_sequence():
-                for i,b in blocks: out = run_stored(b, f'block {i}', why, out)
+                for i,b in blocks: out = run_stored(b, f'block {i}', why, out, for_block(context, i))
             params += [p for _,b in blocks for p in b.parameters()]
     return out
 
 # %% ../../nbs/core/07_sequence.ipynb #f7063b43
 @patch
-def _run_plainly(self:ReversibleSequence, blocks, x1, x2, exact):
+def _run_plainly(self:ReversibleSequence, blocks, x1, x2, exact, context):
     "`blocks`, with their numbers, by ordinary autograd"
     snapped = False
     with nullcontext() if torch.compiler.is_compiling() else by_sequence():
-        for _,b in blocks:
-            if torch.compiler.is_compiling() or why_stored(b) is not None: (x1,x2),snapped = b(x1, x2),False
+        for i,b in blocks:
+            own = for_block(context, i) if context else {}
+            if torch.compiler.is_compiling() or why_stored(b) is not None: (x1,x2),snapped = b(x1, x2, **own),False
             else:
                 if exact and not snapped: (x1,x2),snapped = (Snap.apply(o, o.dtype) for o in (x1,x2)),True
-                x1,x2 = b.forward(x1, x2, self.chunk, exact)
+                x1,x2 = b.forward(x1, x2, self.chunk, exact, **own)
     return x1,x2
 
 @patch
-def _store(self:ReversibleSequence, x1, x2, tail, exact):
+def _store(self:ReversibleSequence, x1, x2, tail, exact, context):
     "All blocks by ordinary autograd"
-    x1,x2 = self._run_plainly(enumerate(self), x1, x2, exact)
+    x1,x2 = self._run_plainly(enumerate(self), x1, x2, exact, context)
     return (x1,x2) if tail is None else stored_call(tail, (x1,x2), self.chunk or tail_chunk_size(x1), exact)
 
 # %% ../../nbs/core/07_sequence.ipynb #e9d8ad80
 @patch
-def _reverses(self:ReversibleSequence, x1, x2, tail):
+def _reverses(self:ReversibleSequence, x1, x2, tail, context):
     "Is there a backward pass to save memory for?"
     parts = [*self] if tail is None else [*self, tail]
     if not (self.reversible and self.keep<1 and parts and torch.is_grad_enabled()): return False
     if torch.compiler.is_exporting() or torch.jit.is_tracing(): return False
     if type(x1).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__: return False   # it has ways of its own
     if not torch.compiler.is_compiling() and transforming(): return False   # to the compiler's tracing this looks alike
-    return x1.requires_grad or x2.requires_grad or any(p.requires_grad for m in parts for p in m.parameters())
+    if x1.requires_grad or x2.requires_grad or any(o.requires_grad for o in tensors_given(context)): return True
+    return any(p.requires_grad for m in parts for p in m.parameters())
 
 @patch
 def _is_exact(self:ReversibleSequence, x):
@@ -145,6 +150,7 @@ def forward(self:ReversibleSequence,
     x1:torch.Tensor, # First stream, images first
     x2:torch.Tensor, # Second stream; shape, dtype and device of the first
     tail:nn.Module|None=None, # Module of both final streams that treats each image alone; repeated backwards too
+    **context, # For the F and G that take it: tensors for all images, `PerImage`, `PerBlock`, or any other values
 ): # `(y1,y2)`, or what `tail` makes of them
     "Both streams through all blocks"
     for x in (x1,x2):
@@ -153,10 +159,11 @@ def forward(self:ReversibleSequence,
     if tail is not None and not isinstance(tail, nn.Module):
         raise ValueError(f"tail must be a module, got {type(tail).__name__}")
     check_alike(x1, x2)
+    if context: check_context(context, self, len(x1))
     exact,kind = self._is_exact(x1),type(x1)
-    if not self._reverses(x1, x2, tail): return self._store(x1, x2, tail, exact)
-    if kind in (torch.Tensor,nn.Parameter): return self._reverse(x1, x2, tail, exact)
-    out = self._reverse(*(x.as_subclass(torch.Tensor) for x in (x1,x2)), tail, exact)   # fastai's images, say
+    if not self._reverses(x1, x2, tail, context): return self._store(x1, x2, tail, exact, context)
+    if kind in (torch.Tensor,nn.Parameter): return self._reverse(x1, x2, tail, exact, context)
+    out = self._reverse(*(x.as_subclass(torch.Tensor) for x in (x1,x2)), tail, exact, context)   # fastai's images, say
     return tuple(o.as_subclass(kind) for o in out) if tail is None else out.as_subclass(kind)
 
 # %% ../../nbs/core/07_sequence.ipynb #05c7a212
@@ -164,8 +171,10 @@ def forward(self:ReversibleSequence,
 def inverse(self:ReversibleSequence,
     y1:torch.Tensor, # First output
     y2:torch.Tensor, # Second output
+    **context, # As `forward` got it
 )->tuple: # `(x1,x2)`
     "The sequence's inputs, from its outputs; in the exact mode rounded to its grid"
     exact = self._is_exact(y1)
-    for b in reversed(self): y1,y2 = b.inverse(y1, y2, exact)
+    if context: check_context(context, self, len(y1))
+    for i,b in reversed(list(enumerate(self))): y1,y2 = b.inverse(y1, y2, exact, **for_block(context, i))
     return y1,y2
