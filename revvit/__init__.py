@@ -27,6 +27,7 @@ from .models.vit import RevViT   # registers its models with timm, as does the n
 from .models.mvit import RevMViT
 from .models.files import CheckpointError, read_checkpoint
 from .models.checkpoints import LoadReport, input_settings, load_checkpoint, load_model, save_checkpoint
+from .models.convert import plain, reversible
 
 # what needs fastai, or reads data, is imported where it is first used
 _later = {'revvit.core.memory': ('live_bytes', 'live_trace', 'peak_bytes', 'per_image', 'saved_bytes'),

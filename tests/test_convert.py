@@ -1,0 +1,221 @@
+"""timm's transformers with their blocks rewired: gradients against stored activations, bits, memory, names, copies, export, features."""
+import copy, pickle, warnings
+
+import pytest, timm, torch
+from torch import nn
+import revvit
+from revvit.core.memory import peak_bytes, saved_bytes
+from revvit.models.convert import RewiredStack
+from cases import REMEDY, error, same, used
+
+torch.set_num_threads(1)
+TINY = dict(img_size=32, patch_size=8, embed_dim=48, num_heads=3)
+def make(name, depth=3, **kw):
+    torch.manual_seed(depth)
+    tiny = {k:v for k,v in TINY.items() if k!='img_size' or not name.startswith('naflex')}   # which takes any size
+    return used(timm.create_model(name, depth=depth, num_classes=5, **{**tiny, **kw}))
+
+VIT = 'vit_base_patch16_224'
+# what each has that the one before has not
+MODELS = dict(vit=(VIT,{}), deit=('deit_base_distilled_patch16_224',{}), deit3=('deit3_base_patch16_224',{}), dinov2=('vit_base_patch14_reg4_dinov2',{}),
+    siglip=('vit_base_patch16_siglip_224',{}), post=('vit_base_patch16_224',dict(block_fn=timm.models.vision_transformer.ResPostBlock, init_values=.1)),
+    diff=('vit_base_patch16_224',dict(attn_layer='diff')), eva02=('eva02_base_patch14_224',{}), dinov3=('vit_base_patch16_dinov3',{}),
+    mixed=('vit_base_patch16_rope_mixed_224',dict(patch_drop_rate=.3)), axial=('vit_base_patch16_rope_224',dict(patch_drop_rate=.3)), pe=('vit_pe_core_base_patch16_224',{}),
+    beit=('beit_base_patch16_224',{}), shared=('beit_base_patch16_224',dict(use_shared_rel_pos_bias=True)), relpos=('vit_relpos_base_patch16_224',dict(shared_rel_pos=True)),
+    naflex=('naflexvit_base_patch16_gap',{}), cait=('cait_xxs24_224',{}))
+some = pytest.mark.parametrize('name, kw', [(n,kw) for n,kw in MODELS.values()], ids=[*MODELS])
+few = pytest.mark.parametrize('name, kw', [MODELS[k] for k in ('vit','dinov2','mixed','beit')], ids=['vit','dinov2','mixed','beit'])
+def images(b=5, size=32, dtype=torch.float64): return torch.randn(b, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+def outs(o): return [o] if isinstance(o, torch.Tensor) else [t for v in (o.values() if isinstance(o, dict) else o) for t in outs(v)]
+def run(m, x, on, seed=0, **mode):
+    "Outputs and all gradients"
+    m.set_reversible(on, **mode)
+    m.zero_grad()
+    torch.manual_seed(seed)
+    y = outs(m(x))
+    sum(o.double().square().sum() for o in y).backward()
+    return [o.detach() for o in y],[p.grad for p in m.parameters()]
+
+def sized(name, kw, depth=3, rate=1, **more):
+    "A small model with every kind of dropout"
+    drops = dict(drop_path_rate=.2*rate, proj_drop_rate=.2*rate, attn_drop_rate=.2*rate)
+    return make(name, depth, **drops, **kw, **more)
+
+@some
+@pytest.mark.parametrize('depth', (1,2,3))
+def test_gradients_are_those_of_stored_activations(name, kw, depth):
+    "float64, dropout, drop path and patch dropout: outputs and every gradient, in parts of two images and of all, and the dial"
+    m,x = revvit.reversible(sized(name, kw, depth).double(), chunk=2),images()
+    want = run(m, x, False)
+    for mode in (dict(), dict(keep=.3)):
+        y,grads = run(m, x, True, **mode)
+        assert error(y, want[0]) < 1e-12 and error(grads, want[1]) < 1e-12
+    blocks = [p.grad for p in m.blocks.parameters()]
+    assert any(g is not None and g.abs().max()>0 for g in blocks) and isinstance(m.blocks, RewiredStack)
+
+@some
+def test_names_weights_and_function_come_and_go(name, kw):
+    m,x = sized(name, kw).eval(),images(2, dtype=torch.float32)
+    want,names,kind = outs(m(x)),[*m.state_dict()],type(m)
+    modules,tensors = [n for n,_ in m.named_modules()],m.state_dict()
+    r = revvit.reversible(m)
+    assert r is m and isinstance(m, kind) and [*m.state_dict()]==names and [n for n,_ in m.named_modules()]==modules
+    assert not same(outs(m(x)), want)   # another function, of the same weights
+    m.load_state_dict(tensors)
+    assert revvit.plain(m) is m and type(m) is kind and same(outs(m(x)), want)
+
+@few
+@pytest.mark.parametrize('amp', (None,torch.bfloat16), ids=str)
+def test_exact_mode_has_the_bits_of_stored_activations(name, kw, amp):
+    m,x = revvit.reversible(sized(name, kw, 6), chunk=2),images(dtype=torch.float32)
+    with torch.autocast('cpu', amp or torch.bfloat16, enabled=amp is not None):
+        stored,rebuilt = run(m, x, False, exact=True),run(m, x, True, exact=True)
+    for a,b in zip(stored, rebuilt): assert same([o for o in a if o is not None], [o for o in b if o is not None])
+
+@few
+def test_what_is_kept_does_not_grow_with_depth(name, kw):
+    def kept(depth):
+        m,x = revvit.reversible(sized(name, {k:v for k,v in kw.items() if k!='patch_drop_rate'}, depth, 0)),images(dtype=torch.float32)
+        return saved_bytes(lambda: m(x), m)
+    # a table of rotary angles for each block is made outside of the blocks
+    assert kept(12)-kept(3) <= (9*2*16*3*16*4*2 if 'mixed' in name else 0)
+
+def peak_streams(dim, heads, patch, depth):
+    "Streams an image at the peak of a step, from the slope between two batch sizes"
+    torch.manual_seed(0)
+    tiny = dict(img_size=14*patch, patch_size=patch, embed_dim=dim, num_heads=heads)
+    m = revvit.reversible(timm.create_model(VIT, depth=depth, num_classes=5, **tiny), chunk=1)
+    def peak(b):
+        x = torch.randn(b, 3, 14*patch, 14*patch)
+        def step(): m(x).square().mean().backward()
+        step()
+        return peak_bytes(step)
+    return (peak(24)-peak(12))/12/(197*dim*4)
+
+def test_peak_in_streams():
+    "At a quarter of the width of ViT-B; its image takes as much as a stream there too"
+    assert peak_streams(192, 3, 8, 3) < 4.5
+
+@pytest.mark.slow
+def test_peak_in_streams_of_a_vit_base(): assert peak_streams(768, 12, 16, 12) < 4.5
+
+@some
+def test_copies_pickles_and_evaluation(name, kw):
+    m,x = revvit.reversible(sized(name, kw)).eval(),images(2, dtype=torch.float32)
+    want = outs(m(x))
+    for other in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))):
+        assert same(outs(other(x)), want) and type(other) is type(m)
+        outs(other.train()(x))[0].sum().backward()
+        assert all(p.grad is None for p in m.parameters()) and other.blocks[0].f.owner is other.blocks[0]
+    with torch.no_grad(): assert error(outs(m(x)), want) < 1e-5   # attention with a mask has another kernel there
+
+@few
+def test_export_in_evaluation(name, kw):
+    m,x = revvit.reversible(sized(name, kw)).eval(),images(2, dtype=torch.float32)
+    assert error(outs(torch.export.export(m, (x,)).module()(x)), outs(m(x))) < 1e-6
+
+@pytest.mark.parametrize('key', ['vit','dinov2','eva02','mixed','beit'])
+def test_features(key):
+    "Of a model, after chosen blocks; the last is what forward_features norms, and a truncated model gives the same"
+    name,kw = MODELS[key]
+    m,x = revvit.reversible(sized(name, kw, 4).double()).eval(),images(2)
+    last,(one,three) = m.forward_intermediates(x, [1,3], output_fmt='NLC')
+    assert error([last], [m.forward_features(x)]) < 1e-12 and one.shape==three.shape
+    m.set_reversible(False)
+    assert error([m.forward_intermediates(x, [1], output_fmt='NLC', intermediates_only=True, stop_early=True)[0]], [one]) < 1e-12
+    m.set_reversible(True)
+    p = list(m.blocks.parameters())
+    grads = [torch.autograd.grad(sum(o.square().sum() for o in m.forward_intermediates(x, [0,2], intermediates_only=True)), p, allow_unused=True)
+             for on in (True,False) if m.set_reversible(on) is None]
+    assert error(*grads) < 1e-12
+    m.prune_intermediate_layers([1])
+    assert len(m.blocks)==2 and isinstance(m.blocks, RewiredStack)
+    assert error([m.forward_intermediates(x, [1], output_fmt='NLC', intermediates_only=True)[0]], [one]) < 1e-12
+
+def test_masks_reach_attention():
+    m,x = revvit.reversible(make(VIT).double(), chunk=2),images()
+    mask = torch.rand(5, 1, 17, 17, generator=torch.Generator().manual_seed(2))>.3
+    mask |= torch.eye(17, dtype=torch.bool)
+    def grads(on, **kw):
+        m.set_reversible(on)
+        return torch.autograd.grad(m(x, **kw).square().sum(), list(m.parameters()))
+    for kw in (dict(attn_mask=mask), dict(attn_mask=mask[0,0]), dict(is_causal=True)):
+        assert error(grads(True, **kw), grads(False, **kw)) < 1e-12
+    assert error(grads(True, attn_mask=mask), grads(True)) > 1e-3
+
+def test_the_usual_halves_are_written_out():
+    m = revvit.reversible(make('deit3_base_patch16_224'))
+    x = torch.randn(2, 17, 48)
+    assert [type(h.fused(x)).__name__ for h in (m.blocks[0].f, m.blocks[0].g)]==['FusedAttention','FusedMlp']
+    m.blocks[0].attn.proj.register_forward_hook(lambda *o: None)
+    assert m.blocks[0].f.fused(x) is None and m.blocks[0].g.fused(x) is not None
+
+def test_layers_may_be_exchanged_and_frozen_later():
+    m,x = revvit.reversible(make(VIT).double(), chunk=2),images()
+    m(x)
+    m.blocks[1].mlp = nn.Sequential(nn.Linear(48, 48), nn.Tanh()).double()
+    for p in m.blocks[0].parameters(): p.requires_grad_(False)
+    m.patch_embed.requires_grad_(False)
+    want,got = run(m, x, False),run(m, x, True)
+    assert error(got[1], want[1]) < 1e-12 and m.blocks[1].mlp[0].weight.grad is not None
+    for i,b in enumerate(m.blocks): b.drop_path = .1*i
+    assert [b.drop_path for b in m.blocks]==[0.,.1,.2]
+
+def test_timms_switch_is_ours():
+    m = revvit.reversible(make(VIT), keep=.2, exact=True)
+    assert (m.blocks.reversible,m.blocks.keep,m.blocks.exact)==(True,.2,True)
+    m.set_grad_checkpointing(False)
+    assert not m.blocks.reversible and not m.grad_checkpointing
+
+class Odd(timm.models.vision_transformer.Block):
+    "A block that does something else"
+    def forward(self, x, attn_mask=None, is_causal=False): return x + self.attn(x)
+
+REFUSED = dict(
+    parallel=(lambda: make(VIT, block_fn=timm.models.vision_transformer.ParallelScalingBlock), 'ParallelScalingBlock, and attention and MLP are one sum'),
+    things=(lambda: make(VIT, block_fn=timm.models.vision_transformer.ParallelThingsBlock), 'ParallelThingsBlock, and several attentions'),
+    odd=(lambda: make(VIT, block_fn=Odd), 'Odd, and nobody has written down'),
+    convnet=(lambda: timm.create_model('resnet18'), 'no list of blocks with attention'),
+    xcit=(lambda: timm.create_model('xcit_nano_12_p16_224'), 'XCABlock, and it has three sums'),
+    twice=(lambda: revvit.reversible(make(VIT)), 'is reversible already'),
+    ours=(lambda: timm.create_model('revvit_tiny_patch16_224'), 'is reversible already'),
+    none=(lambda: 'vit', 'model must be a module, got str'))
+@pytest.mark.parametrize('build, words', REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_rewired_is_refused_in_a_sentence(build, words):
+    m = build()
+    kinds = [type(o) for o in m.modules()] if isinstance(m, nn.Module) else []
+    with pytest.raises(ValueError, match=words): revvit.reversible(m)
+    if kinds: assert [type(o) for o in m.modules()]==kinds   # and left as it was
+
+def test_other_refusals():
+    with pytest.raises(ValueError, match='only what revvit.reversible returned'): revvit.plain(make(VIT))
+    m,x = revvit.reversible(make(VIT, drop_path_rate=.2)),images(dtype=torch.float32)
+    m.blocks[2].drop_path1.drop_prob = .5
+    with pytest.raises(ValueError, match='one drop path rate for both halves.*0.2 and 0.5'): m(x)
+    m = revvit.reversible(make(VIT))
+    t = m.patch_drop(m._pos_embed(m.patch_embed(x)))
+    with pytest.raises(RuntimeError, match='between block 1 and the next.*forward_intermediates'):
+        for i,b in enumerate(m.blocks): t = b(t if i!=2 else t*1)
+    loss = m(x).sum()
+    with torch.no_grad(): m.blocks[1].attn.qkv.weight.mul_(2)
+    with pytest.raises(RuntimeError, match=f"'attn.qkv.weight' in f of block 1 was changed.*{REMEDY}"): loss.backward()
+
+def test_a_hook_on_a_block_is_heard_and_said():
+    m,x = revvit.reversible(make(VIT, 4).double()),images()
+    want,seen = run(m, x, False),[]
+    m.blocks[1].register_forward_hook(lambda *o: seen.append(1))
+    with pytest.warns(RuntimeWarning, match='block 1 goes by ordinary autograd, because there is a hook on it'): got = run(m, x, True)
+    assert seen and error(got[1], want[1]) < 1e-12
+
+def test_training_goes_down():
+    "A few steps of a rewired model, with autocast"
+    m,x = revvit.reversible(make('vit_base_patch14_reg4_dinov2', drop_path_rate=.1)),images(16, dtype=torch.float32)
+    opt,y = torch.optim.AdamW(m.parameters(), lr=3e-3),torch.arange(16)%5
+    losses = []
+    for _ in range(20):
+        with torch.autocast('cpu', torch.bfloat16): loss = nn.functional.cross_entropy(m(x).float(), y)
+        loss.backward()
+        opt.step(); opt.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < .5*losses[0]
