@@ -1,7 +1,9 @@
-"""timm's transformers with their blocks rewired: gradients against stored activations, bits, memory, names, copies, export, features."""
+"""timm's transformers with their blocks rewired: gradients against stored activations, bits, memory, names, copies,
+export, features."""
 import copy, pickle, warnings
 
 import pytest, timm, torch
+from timm.models import vision_transformer as parts
 from torch import nn
 import revvit
 from revvit.core.memory import peak_bytes, saved_bytes
@@ -17,17 +19,26 @@ def make(name, depth=3, **kw):
 
 VIT = 'vit_base_patch16_224'
 # what each has that the one before has not
-MODELS = dict(vit=(VIT,{}), deit=('deit_base_distilled_patch16_224',{}), deit3=('deit3_base_patch16_224',{}), dinov2=('vit_base_patch14_reg4_dinov2',{}),
-    siglip=('vit_base_patch16_siglip_224',{}), post=('vit_base_patch16_224',dict(block_fn=timm.models.vision_transformer.ResPostBlock, init_values=.1)),
-    diff=('vit_base_patch16_224',dict(attn_layer='diff')), eva02=('eva02_base_patch14_224',{}), dinov3=('vit_base_patch16_dinov3',{}),
-    mixed=('vit_base_patch16_rope_mixed_224',dict(patch_drop_rate=.3)), axial=('vit_base_patch16_rope_224',dict(patch_drop_rate=.3)), pe=('vit_pe_core_base_patch16_224',{}),
-    beit=('beit_base_patch16_224',{}), shared=('beit_base_patch16_224',dict(use_shared_rel_pos_bias=True)), relpos=('vit_relpos_base_patch16_224',dict(shared_rel_pos=True)),
+MODELS = dict(vit=(VIT,{}), deit=('deit_base_distilled_patch16_224',{}), deit3=('deit3_base_patch16_224',{}),
+    dinov2=('vit_base_patch14_reg4_dinov2',{}),
+    siglip=('vit_base_patch16_siglip_224',{}), post=(VIT,dict(block_fn=parts.ResPostBlock, init_values=.1)),
+    diff=('vit_base_patch16_224',dict(attn_layer='diff')), eva02=('eva02_base_patch14_224',{}),
+    dinov3=('vit_base_patch16_dinov3',{}),
+    mixed=('vit_base_patch16_rope_mixed_224',dict(patch_drop_rate=.3)),
+    axial=('vit_base_patch16_rope_224',dict(patch_drop_rate=.3)),
+    pe=('vit_pe_core_base_patch16_224',{}),
+    beit=('beit_base_patch16_224',{}), shared=('beit_base_patch16_224',dict(use_shared_rel_pos_bias=True)),
+    relpos=('vit_relpos_base_patch16_224',dict(shared_rel_pos=True)),
     naflex=('naflexvit_base_patch16_gap',{}), cait=('cait_xxs24_224',{}))
 some = pytest.mark.parametrize('name, kw', [(n,kw) for n,kw in MODELS.values()], ids=[*MODELS])
-few = pytest.mark.parametrize('name, kw', [MODELS[k] for k in ('vit','dinov2','mixed','beit')], ids=['vit','dinov2','mixed','beit'])
-def images(b=5, size=32, dtype=torch.float64): return torch.randn(b, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+FEW = 'vit','dinov2','mixed','beit'
+few = pytest.mark.parametrize('name, kw', [MODELS[k] for k in FEW], ids=FEW)
+def images(b=5, dtype=torch.float64):
+    return torch.randn(b, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
 
-def outs(o): return [o] if isinstance(o, torch.Tensor) else [t for v in (o.values() if isinstance(o, dict) else o) for t in outs(v)]
+def outs(o):
+    if isinstance(o, torch.Tensor): return [o]
+    return [t for v in (o.values() if isinstance(o, dict) else o) for t in outs(v)]
 def run(m, x, on, seed=0, **mode):
     "Outputs and all gradients"
     m.set_reversible(on, **mode)
@@ -45,7 +56,7 @@ def sized(name, kw, depth=3, rate=1, **more):
 @some
 @pytest.mark.parametrize('depth', (1,2,3))
 def test_gradients_are_those_of_stored_activations(name, kw, depth):
-    "float64, dropout, drop path and patch dropout: outputs and every gradient, in parts of two images and of all, and the dial"
+    "float64, dropout, drop path and patch dropout: outputs and every gradient, in parts of two images, and the dial"
     m,x = revvit.reversible(sized(name, kw, depth).double(), chunk=2),images()
     want = run(m, x, False)
     for mode in (dict(), dict(keep=.3)):
@@ -76,7 +87,8 @@ def test_exact_mode_has_the_bits_of_stored_activations(name, kw, amp):
 @few
 def test_what_is_kept_does_not_grow_with_depth(name, kw):
     def kept(depth):
-        m,x = revvit.reversible(sized(name, {k:v for k,v in kw.items() if k!='patch_drop_rate'}, depth, 0)),images(dtype=torch.float32)
+        quiet = {k:v for k,v in kw.items() if k!='patch_drop_rate'}
+        m,x = revvit.reversible(sized(name, quiet, depth, 0)),images(dtype=torch.float32)
         return saved_bytes(lambda: m(x), m)
     # a table of rotary angles for each block is made outside of the blocks
     assert kept(12)-kept(3) <= (9*2*16*3*16*4*2 if 'mixed' in name else 0)
@@ -123,15 +135,18 @@ def test_features(key):
     last,(one,three) = m.forward_intermediates(x, [1,3], output_fmt='NLC')
     assert error([last], [m.forward_features(x)]) < 1e-12 and one.shape==three.shape
     m.set_reversible(False)
-    assert error([m.forward_intermediates(x, [1], output_fmt='NLC', intermediates_only=True, stop_early=True)[0]], [one]) < 1e-12
+    alone = dict(output_fmt='NLC', intermediates_only=True)
+    assert error(m.forward_intermediates(x, [1], stop_early=True, **alone), [one]) < 1e-12
     m.set_reversible(True)
     p = list(m.blocks.parameters())
-    grads = [torch.autograd.grad(sum(o.square().sum() for o in m.forward_intermediates(x, [0,2], intermediates_only=True)), p, allow_unused=True)
-             for on in (True,False) if m.set_reversible(on) is None]
-    assert error(*grads) < 1e-12
+    def grads(on):
+        m.set_reversible(on)
+        found = m.forward_intermediates(x, [0,2], intermediates_only=True)
+        return torch.autograd.grad(sum(o.square().sum() for o in found), p, allow_unused=True)
+    assert error(grads(True), grads(False)) < 1e-12
     m.prune_intermediate_layers([1])
     assert len(m.blocks)==2 and isinstance(m.blocks, RewiredStack)
-    assert error([m.forward_intermediates(x, [1], output_fmt='NLC', intermediates_only=True)[0]], [one]) < 1e-12
+    assert error(m.forward_intermediates(x, [1], **alone), [one]) < 1e-12
 
 def test_masks_reach_attention():
     m,x = revvit.reversible(make(VIT).double(), chunk=2),images()
@@ -168,13 +183,13 @@ def test_timms_switch_is_ours():
     m.set_grad_checkpointing(False)
     assert not m.blocks.reversible and not m.grad_checkpointing
 
-class Odd(timm.models.vision_transformer.Block):
+class Odd(parts.Block):
     "A block that does something else"
     def forward(self, x, attn_mask=None, is_causal=False): return x + self.attn(x)
 
 REFUSED = dict(
-    parallel=(lambda: make(VIT, block_fn=timm.models.vision_transformer.ParallelScalingBlock), 'ParallelScalingBlock, and attention and MLP are one sum'),
-    things=(lambda: make(VIT, block_fn=timm.models.vision_transformer.ParallelThingsBlock), 'ParallelThingsBlock, and several attentions'),
+    parallel=(lambda: make(VIT, block_fn=parts.ParallelScalingBlock), 'ScalingBlock, and attention and MLP are one sum'),
+    things=(lambda: make(VIT, block_fn=parts.ParallelThingsBlock), 'ParallelThingsBlock, and several attentions'),
     odd=(lambda: make(VIT, block_fn=Odd), 'Odd, and nobody has written down'),
     convnet=(lambda: timm.create_model('resnet18'), 'no list of blocks with attention'),
     xcit=(lambda: timm.create_model('xcit_nano_12_p16_224'), 'XCABlock, and it has three sums'),
@@ -205,7 +220,8 @@ def test_a_hook_on_a_block_is_heard_and_said():
     m,x = revvit.reversible(make(VIT, 4).double()),images()
     want,seen = run(m, x, False),[]
     m.blocks[1].register_forward_hook(lambda *o: seen.append(1))
-    with pytest.warns(RuntimeWarning, match='block 1 goes by ordinary autograd, because there is a hook on it'): got = run(m, x, True)
+    with pytest.warns(RuntimeWarning, match='block 1 goes by ordinary autograd, because there is a hook on it'):
+        got = run(m, x, True)
     assert seen and error(got[1], want[1]) < 1e-12
 
 def test_training_goes_down():
