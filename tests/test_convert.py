@@ -188,7 +188,8 @@ class Odd(parts.Block):
     def forward(self, x, attn_mask=None, is_causal=False): return x + self.attn(x)
 
 REFUSED = dict(
-    parallel=(lambda: make(VIT, block_fn=parts.ParallelScalingBlock), 'ScalingBlock, and attention and MLP are one sum'),
+    parallel=(lambda: make(VIT, block_fn=parts.ParallelScalingBlock),
+        'ParallelScalingBlock, and attention and MLP are one sum'),
     things=(lambda: make(VIT, block_fn=parts.ParallelThingsBlock), 'ParallelThingsBlock, and several attentions'),
     odd=(lambda: make(VIT, block_fn=Odd), 'Odd, and nobody has written down'),
     convnet=(lambda: timm.create_model('resnet18'), 'no list of blocks with attention'),
