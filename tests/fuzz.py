@@ -308,7 +308,7 @@ def frozen(n):
         share = n.r.choice((.2,.5,.9))
         n.say(f'{share:.0%} of the parameters frozen')
         for _,p in ps: p.requires_grad_(n.r.random()>=share)
-    n.model.get_parameter(ps[-1][0]).requires_grad_(True)
+    if ps: n.model.get_parameter(ps[-1][0]).requires_grad_(True)
 
 def shared(n):
     by = {}
