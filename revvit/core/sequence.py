@@ -123,7 +123,9 @@ def _run_plainly(self:ReversibleSequence, blocks, x1, x2, exact, context):
 def _store(self:ReversibleSequence, x1, x2, tail, exact, context):
     "All blocks by ordinary autograd"
     x1,x2 = self._run_plainly(enumerate(self), x1, x2, exact, context)
-    return (x1,x2) if tail is None else stored_call(tail, (x1,x2), self.chunk or tail_chunk_size(x1), exact)
+    if tail is None: return x1,x2
+    chunk = None if torch.compiler.is_compiling() else self.chunk or tail_chunk_size(x1)   # a graph has no parts
+    return stored_call(tail, (x1,x2), chunk, exact)
 
 # %% ../../nbs/core/07_sequence.ipynb #e9d8ad80
 @patch
