@@ -57,6 +57,24 @@ def test_the_bits_of_the_ordinary_step(kind, optimizer):
 def test_in_every_mode(mode):
     equal(trained('vit', 'adamw', True, **mode), trained('vit', 'adamw', False, **mode))
 
+def test_a_state_that_is_loaded_later():
+    "What the optimizer is given after the hooks were set is what goes on"
+    found = []
+    for early in (True,False):
+        torch.manual_seed(0)
+        m = torch.nn.Linear(3, 2)
+        opt = torch.optim.AdamW(m.parameters(), lr=.01)
+        if early: step_early(opt, m.parameters())
+        state = {i: dict(step=torch.tensor(9.), exp_avg=torch.ones_like(p), exp_avg_sq=torch.ones_like(p))
+                 for i,p in enumerate(m.parameters())}
+        opt.load_state_dict(dict(opt.state_dict(), state=state))
+        for _ in range(2):
+            m(torch.ones(1, 3)).sum().backward()
+            opt.step()
+            opt.zero_grad()
+        found.append([*m.parameters(), *(opt.state[p]['exp_avg'] for p in m.parameters())])
+    assert all(map(torch.equal, *found))
+
 @pytest.mark.parametrize('on', [True,False])
 def test_frozen_weights_stay(on):
     m = timm.create_model(TINY['vit'][0], num_classes=4, **TINY['vit'][1])
