@@ -173,3 +173,12 @@ def test_cases_have_one_order(path):
         if isinstance(o, (ast.Set, ast.SetComp)) or isinstance(o, ast.Call)
         and getattr(o.func, 'id', '') in ('set','frozenset')]
     assert not sets
+
+@pytest.mark.parametrize('path', notebooks, ids=name)
+def test_a_notebook_hushes_only_what_it_names(path):
+    "nbdev_test runs several notebooks in one process, and a filter for all warnings would hush those of the next one"
+    cells_ = [ast.parse(re.sub(r'^[!%].*$', '', src, flags=re.M)) for src,_ in cells(path, 'code') if 'warnings.' in src]
+    calls = [o.value for tree in cells_ for o in tree.body
+             if isinstance(o, ast.Expr) and isinstance(o.value, ast.Call)]
+    filters = [o for o in calls if ast.unparse(o.func) in ('warnings.filterwarnings', 'warnings.simplefilter')]
+    assert all({'message','category','module'} & {k.arg for k in o.keywords} for o in filters)
