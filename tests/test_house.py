@@ -176,7 +176,7 @@ def test_cases_have_one_order(path):
 
 @pytest.mark.parametrize('path', notebooks, ids=name)
 def test_a_notebook_hushes_only_what_it_names(path):
-    "nbdev_test runs several notebooks in one process, and a filter for all warnings would hush those of the next one"
+    "nbdev_test runs several notebooks in one process: a filter for all warnings hushes the next one too"
     cells_ = [ast.parse(re.sub(r'^[!%].*$', '', src, flags=re.M)) for src,_ in cells(path, 'code') if 'warnings.' in src]
     calls = [o.value for tree in cells_ for o in tree.body
              if isinstance(o, ast.Expr) and isinstance(o.value, ast.Call)]
