@@ -177,8 +177,8 @@ def test_cases_have_one_order(path):
 @pytest.mark.parametrize('path', notebooks, ids=name)
 def test_a_notebook_hushes_only_what_it_names(path):
     "nbdev_test runs several notebooks in one process: a filter for all warnings hushes the next one too"
-    cells_ = [ast.parse(re.sub(r'^[!%].*$', '', src, flags=re.M)) for src,_ in cells(path, 'code') if 'warnings.' in src]
-    calls = [o.value for tree in cells_ for o in tree.body
+    trees = [ast.parse(re.sub(r'^[!%].*$', '', src, flags=re.M)) for src,_ in cells(path, 'code') if 'warnings.' in src]
+    calls = [o.value for tree in trees for o in tree.body
              if isinstance(o, ast.Expr) and isinstance(o.value, ast.Call)]
     filters = [o for o in calls if ast.unparse(o.func) in ('warnings.filterwarnings', 'warnings.simplefilter')]
     assert all({'message','category','module'} & {k.arg for k in o.keywords} for o in filters)
