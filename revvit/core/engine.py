@@ -252,7 +252,7 @@ class _Tail(Function):
         if seen!=(y1._version,y2._version):
             raise ValueError("the tail changed a stream in place, but it is needed again: use an out-of-place form")
         ctx.tape,ctx.call = tape,call
-        ctx.start = start_of((out,), f'{call.name}, repeated after {tape.name},', amp=tape.amp)
+        ctx.start = start_of((out,), f'{call.name}, repeated after {tape.name},', amp=tape.amp, stored=True)
         ctx.save_for_backward(y1, y2)
         return out
     @staticmethod

@@ -72,13 +72,14 @@ class Start:
         name:str, # What messages call what is repeated
         exact:bool=False, # Whether the same bits must come back
         amp:torch.dtype|None=None, # Type of autocast
+        stored:bool=False, # Whether they are computed from inputs that were kept, so that no earlier error is in them
     ):
         self.name,self.exact,self.was = name,exact,[_numbers(x, exact) for x in xs]
         dtype = torch.promote_types(xs[0].dtype, torch.float32)
         self.norm = partial(torch.linalg.vector_norm, dim=1, dtype=dtype)
         self.sizes = [] if exact else [self.norm(x.detach().reshape(len(x), -1)) for x in xs]
         eps = max(torch.finfo(t).eps for t in (xs[0].dtype, amp or xs[0].dtype))
-        self.limit = eps**.5   # half of the digits
+        self.limit = 4*eps if stored and eps>1e-6 else eps**.5   # half of the digits
 
     def reach(self, ys):
         "Measure images that began as zero by what they became"

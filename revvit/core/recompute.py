@@ -30,7 +30,8 @@ class _Twice:
         if rng_moved(self.device, before):
             mine = may_draw(self.m, self.record.modules) or drew(self.m, repeat, self.device)
             if mine: self.states = before
-        self.start = start_of((o,), 'what a stage transition computes again', amp=amp_dtype(self.device))
+        amp = amp_dtype(self.device)
+        self.start = start_of((o,), 'what a stage transition computes again', amp=amp, stored=True)
         return o
 
     def second(self, *args):
