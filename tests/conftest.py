@@ -1,5 +1,6 @@
-"Where the models of `cases.py` compute: on the CPU, or where the environment variable REVVIT_DEVICE says"
-import os
+"""Where the models of `cases.py` compute: on the CPU, or where the environment variable REVVIT_DEVICE says; and what
+Python looks through for garbage"""
+import gc, os
 
 import pytest
 
@@ -8,3 +9,11 @@ def pytest_configure(config):
     from revvit.core.device import pick_device
     try: pick_device(name)
     except ValueError as e: raise pytest.UsageError(f"REVVIT_DEVICE={name}: {e}")
+
+def pytest_collection_finish():
+    """Half a million objects of the imports stay as long as the process: looking through them again at each
+    `gc.collect()`, which every measurement of memory begins with, took a third of the suite's time"""
+    gc.collect()
+    gc.freeze()
+
+def pytest_sessionfinish(): gc.unfreeze()   # or libraries report all of it as leaks

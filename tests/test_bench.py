@@ -1,6 +1,6 @@
 """The benchmark: what a record holds, what becomes of candidates that cannot run, and how files are read back. No
 times are judged"""
-import ast, gc, json, subprocess, sys
+import ast, json, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,14 +16,6 @@ root = Path(__file__).resolve().parent.parent
 def group(*candidates, **kw):
     return Group('tiny', candidates or (PLAIN,OURS), 2, (3,32,32), args=TINY, **{**dict(depth=2, rounds=1), **kw})
 def rows(*candidates, **kw): return bench.run_group(group(*candidates, **kw))['rows']
-
-@pytest.fixture(scope='module', autouse=True)
-def quick_collections():
-    "Memory is measured after a garbage collection, which would look at all of PyTorch's objects every time"
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 @pytest.fixture(scope='module')
 def record():
