@@ -20,7 +20,7 @@ from .state import *
 from .replay import *
 from .context import given_to
 from .dial import chunk_size, is_large
-from .engine import kernel_for, make_call
+from .half import kernel_for, make_call
 
 # %% ../../nbs/core/06_block.ipynb #2b340db7
 _OWN = {'self','x','x1','x2','y1','y2','tail','chunk','exact'}   # what sequences and blocks are called with

@@ -17,7 +17,8 @@ from .exact import GRID, Snap, grid, hear
 from .state import amp_dtype, transforming
 from .context import check_context, for_block, tensors_given
 from .dial import Plan, check_keep, chunk_size, spend, stored_bytes, tail_chunk_size
-from .engine import Tape, make_call, run_in_place
+from .engine import Tape, run_in_place
+from .half import make_call
 from .block import ReversibleBlock, by_sequence, run_stored, stored_call, why_stored
 
 # %% ../../nbs/core/07_sequence.ipynb #c18044d9
