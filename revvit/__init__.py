@@ -32,6 +32,7 @@ from .models.convert import plain, reversible
 # what needs fastai, or reads data, is imported where it is first used
 _later = {'revvit.core.memory': ('live_bytes', 'live_trace', 'peak_bytes', 'per_image', 'saved_bytes'),
           'revvit.core.testing': ('check_directional', 'check_grads', 'check_inverse', 'drift'),
+          'revvit.models.detector': ('detector',),
           'revvit.data.digits': ('digits_dls',),
           'revvit.data.images': ('image_dls', 'shard_dls'),
           'revvit.data.clips': ('clip_dls',),

@@ -15,6 +15,7 @@ from .models.files import CheckpointError as CheckpointError, read_checkpoint as
 from .models.checkpoints import (LoadReport as LoadReport, input_settings as input_settings,
     load_checkpoint as load_checkpoint, load_model as load_model, save_checkpoint as save_checkpoint)
 from .models.convert import plain as plain, reversible as reversible
+from .models.detector import detector as detector
 from .core.memory import (live_bytes as live_bytes, live_trace as live_trace, peak_bytes as peak_bytes,
     per_image as per_image, saved_bytes as saved_bytes)
 from .core.testing import (check_directional as check_directional, check_grads as check_grads,
