@@ -1,14 +1,21 @@
-"""Where the models of `cases.py` compute: on the CPU, or where the environment variable REVVIT_DEVICE says; and what
-Python looks through for garbage"""
+"""Where the models of `cases.py` compute: on the CPU, or where the environment variable REVVIT_DEVICE says; how
+tests start other processes, and what Python looks through for garbage"""
 import gc, os
 
 import pytest
+from warm import Warm
 
 def pytest_configure(config):
     if not (name := os.environ.get('REVVIT_DEVICE')): return
     from revvit.core.device import pick_device
     try: pick_device(name)
     except ValueError as e: raise pytest.UsageError(f"REVVIT_DEVICE={name}: {e}")
+
+@pytest.fixture(scope='session')
+def warm():
+    "Starts programs without the seconds that imports take"
+    yield (started:=Warm())
+    started.close()
 
 def pytest_collection_finish():
     """Half a million objects of the imports stay as long as the process: looking through them again at each

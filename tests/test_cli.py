@@ -34,18 +34,23 @@ def run(cwd, name, *args, **kwargs):
                           timeout=300, **kwargs)
 
 @contextmanager
-def started(cwd, *words, env=env, **kwargs):
-    """A command that runs meanwhile; Ctrl-C reaches it also where these tests do not hear it (nohup, &), and nothing
-    is left"""
+def started(cwd, *words, env=env, warm=None, stdout=subprocess.DEVNULL):
+    """A command that runs meanwhile, of a Python of its own or a fork of `warm`; Ctrl-C reaches it also where these
+    tests do not hear it (nohup, &), and nothing is left"""
     def listen(): signal.signal(signal.SIGINT, signal.SIG_DFL)
-    p = subprocess.Popen([*map(str, words)], cwd=cwd, env=env, stderr=subprocess.PIPE, text=True,
-                         start_new_session=True,
-                         preexec_fn=listen, **kwargs)
+    how = dict(cwd=cwd, env=env, stdout=stdout, stderr=subprocess.PIPE)
+    if warm: p = warm.started(words, **how)
+    else: p = subprocess.Popen([*map(str, words)], text=True, start_new_session=True, preexec_fn=listen, **how)
     try: yield p
     finally:
         try: os.killpg(p.pid, signal.SIGKILL)
         except ProcessLookupError: pass
         p.wait()
+
+def no_file_beyond(size):
+    "What stands for a full disk, at the start of a process"
+    return ("import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))")
 
 @contextmanager
 def standard_input(data):
@@ -389,16 +394,13 @@ def test_published_file_without_a_name(zoo, tmp_path, here):
     assert len(a['pred_scores']) == 1000
     assert a['pred_class'] == timm.data.ImageNetInfo().index_to_description(a['pred_label'])
 
-def test_features_on_a_full_disk(work, tmp_path):
+def test_features_on_a_full_disk(work, tmp_path, warm):
     """A file that may not grow beyond 100 bytes stands for a full disk: a sentence that names the archive, and no old
     one that would look like the answer"""
-    resource = pytest.importorskip('resource')
+    pytest.importorskip('resource')
     (tmp_path/'f.npz').write_bytes(b'old')
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-    only_sentence(run(work, 'revvit_predict', 'runs/digits/digit_3.png', '--features', tmp_path/'f.npz',
-                      preexec_fn=limit), 'f.npz: ')
+    words = script('revvit_predict'), 'runs/digits/digit_3.png', '--features', tmp_path/'f.npz'
+    only_sentence(warm.run(words, work, env, before=no_file_beyond(100)), 'f.npz: ')
     assert not [*tmp_path.iterdir()]
 
 @pytest.fixture(scope='module')
@@ -409,14 +411,14 @@ def folder(tmp_path_factory):
     for i in hold_out(labels, 36)[1]: Image.fromarray(images[i]).save(path/'val'/str(labels[i])/f'{i}.png')
     return path
 
-def test_accuracy_of_a_folder(work, folder):
-    "The installed command's numbers are those counted by hand, and those of the training's last line"
+def test_accuracy_of_a_folder(work, folder, warm):
+    "The command's numbers are those counted by hand, and those of the training's last line"
     m = load_model(work/'runs/digits/checkpoint.pth')
     paths = sorted((folder/'val').rglob('*.png'))
     y = torch.tensor([int(o.parent.name) for o in paths])
     with torch.no_grad(): z = m(torch.stack([ImageTransform(m.pretrained_cfg)(o) for o in paths]))
     rank = (z > z.gather(1, y[:,None])).sum(1)
-    r = run(work, 'revvit_test', '--data', folder, '--workers', 1, '--json')
+    r = warm.run((script('revvit_test'), '--data', folder, '--workers', 1, '--json'), work, env)
     assert (r.returncode, r.stderr) == (0, '')
     res = json.loads(r.stdout)
     assert (res['n'], res['top1'], res['top5']) == (360, (rank < 1).sum().item()/360, (rank < 5).sum().item()/360)
@@ -461,13 +463,13 @@ def test_test_refuses(change, said, work, tmp_path, here):
         assert r.stdout == ''
 
 @pytest.mark.skipif(os.name != 'posix', reason='a terminal is made as POSIX has it')
-def test_bar_on_a_terminal(work, folder):
+def test_bar_on_a_terminal(work, folder, warm):
     "The error stream of a terminal shows a bar; the result stays alone on the standard output"
     import fcntl, pty, struct, termios
     ours,theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 80, 0, 0)) # a new one has no columns
-    p = subprocess.Popen([script('revvit_test'), '--data', str(folder), '--workers', '0'], cwd=work, env=env,
-                         stdout=subprocess.PIPE, stderr=theirs, text=True)
+    p = warm.started((script('revvit_test'), '--data', folder, '--workers', 0), cwd=work, env=env,
+                     stdout=subprocess.PIPE, stderr=theirs)
     os.close(theirs)
     said = b''
     try:
@@ -524,25 +526,23 @@ def test_unwritable_folder(tmp_path, here):
     elif Path('/proc/self').exists(): only_sentence(here(tmp_path, 'revvit_train', '--out', '/proc/run'), '/proc/run: ')
     else: pytest.skip('neither a user nor /proc')
 
-def test_full_disk(tmp_path):
+def test_full_disk(tmp_path, warm):
     """A file that may not grow beyond 8 kB stands for a full disk: the run ends with a sentence that names the
     checkpoint"""
-    resource = pytest.importorskip('resource')
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
-    r = run(tmp_path, 'revvit_train', '--epochs', 1, '--batch-size', 512, preexec_fn=limit)
+    pytest.importorskip('resource')
+    words = script('revvit_train'), '--epochs', 1, '--batch-size', 512
+    r = warm.run(words, tmp_path, env, before=no_file_beyond(8192))
     only_sentence(r, 'checkpoint.pth')
     assert sorted(o.name for o in (tmp_path/'runs/digits').iterdir()) == ['config.json', 'history.csv']
 
 @pytest.mark.skipif(not hasattr(os, 'killpg'), reason='needs process groups')
 @pytest.mark.parametrize('workers', [0, 2])
-def test_ctrl_c(workers, tmp_path):
+def test_ctrl_c(workers, tmp_path, warm):
     """As from a terminal, to the whole process group, after the first checkpoint: exit code 130, one sentence, the
     checkpoint whole, no process left"""
     ckpt,end = tmp_path/'runs/digits/checkpoint.pth',time.monotonic()+240
     words = script('revvit_train'), '--epochs', 500, '--workers', workers
-    with started(tmp_path, *words, stdout=subprocess.PIPE) as p:
+    with started(tmp_path, *words, warm=warm, stdout=subprocess.PIPE) as p:
         while not ckpt.exists() and p.poll() is None and time.monotonic() < end: time.sleep(.05)
         assert ckpt.exists(), p.poll()
         time.sleep(.3)
@@ -560,9 +560,9 @@ def test_ctrl_c(workers, tmp_path):
             time.sleep(.1)
         else: pytest.fail('a process of the run is still there')
 
-def test_ctrl_c_before_the_first_epoch_ends(tmp_path):
+def test_ctrl_c_before_the_first_epoch_ends(tmp_path, warm):
     cfg,end = tmp_path/'runs/digits/config.json',time.monotonic()+240
-    with started(tmp_path, script('revvit_train'), '--batch-size', 1, stdout=subprocess.PIPE) as p:
+    with started(tmp_path, script('revvit_train'), '--batch-size', 1, warm=warm, stdout=subprocess.PIPE) as p:
         while not cfg.exists() and p.poll() is None and time.monotonic() < end: time.sleep(.05)
         time.sleep(1) # of the many seconds that an epoch of one image a step takes
         p.send_signal(signal.SIGINT)
@@ -571,10 +571,10 @@ def test_ctrl_c_before_the_first_epoch_ends(tmp_path):
                                    'checkpoint; the same command with --resume begins again\n')
 
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='needs /proc')
-def test_R39_a_killed_reader_ends_the_run(tmp_path, here):
+def test_R39_a_killed_reader_ends_the_run(tmp_path, here, warm):
     "Exit code 1, one sentence; and the same command with --resume gets through"
     words = ['--epochs', '4', '--batch-size', '64', '--workers', '2', '--out', 'run', '--resume']
-    with started(tmp_path, script('revvit_train'), *words, stdout=subprocess.DEVNULL) as p:
+    with started(tmp_path, script('revvit_train'), *words, warm=warm) as p:
         ckpt,kids,end = tmp_path/'run/checkpoint.pth',Path(f'/proc/{p.pid}/task/{p.pid}/children'),time.monotonic()+240
         while not ckpt.exists() and p.poll() is None and time.monotonic() < end: time.sleep(.02)
         while not kids.read_text() and p.poll() is None and time.monotonic() < end: time.sleep(.002)
@@ -591,13 +591,13 @@ def test_R39_a_killed_reader_ends_the_run(tmp_path, here):
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='needs /proc')
 @pytest.mark.parametrize('name,args', [('revvit_predict', ['many', '--batch-size', 1]),
                                        ('revvit_test', ['--data', 'classes', '--batch-size', 1])])
-def test_R39_a_killed_reader_ends_the_answers(name, args, work, tmp_path):
+def test_R39_a_killed_reader_ends_the_answers(name, args, work, tmp_path, warm):
     "Exit code 2 and one sentence that says what helps"
     for i in range(10): (tmp_path/'classes'/str(i)).mkdir(parents=True)
     for i in range(2000): os.link(work/'runs/digits/digit_3.png', tmp_path/'classes'/str(i%10)/f'{i}.png')
     (tmp_path/'many').symlink_to(tmp_path/'classes')
     words = script(name), *args, '--weights', work/'runs/digits/checkpoint.pth', '--workers', 2
-    with started(tmp_path, *words, stdout=subprocess.DEVNULL) as p:
+    with started(tmp_path, *words, warm=warm) as p:
         kids,end = Path(f'/proc/{p.pid}/task/{p.pid}/children'),time.monotonic()+240
         while len(kids.read_text().split()) < 2 and p.poll() is None and time.monotonic() < end: time.sleep(.002)
         os.kill(int(kids.read_text().split()[0]), signal.SIGKILL)
@@ -640,7 +640,7 @@ _small_rooms = dict(
     revvit_test=(8, '--data ten --weights wide.pth --workers 0', 'a smaller --batch-size'))
 
 @pytest.fixture(scope='module')
-def small_rooms(zoo, tmp_path_factory):
+def small_rooms(zoo, tmp_path_factory, warm):
     "Exit code and error stream of each, from one process that has imported everything"
     path = tmp_path_factory.mktemp('rooms')
     wide = timm.create_model('revvit_tiny_patch16_224', num_classes=3, img_size=256, patch_size=4, depth=2,
@@ -651,8 +651,7 @@ def small_rooms(zoo, tmp_path_factory):
         (path/'ten'/o).mkdir(parents=True)
         shutil.copy(zoo/'noise.png', path/'ten'/o)
     lines = json.dumps([(name, mb, *words.split()) for name,(mb,words,_) in _small_rooms.items()])
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', _small_room, lines], cwd=path, env=env,
-                       capture_output=True, text=True, timeout=600)
+    r = warm.run(('-c', _small_room, lines), path, env)
     codes = list(map(int, r.stdout.split()))
     assert len(codes) == len(_small_rooms), r.stderr
     return {name: (code, (path/f'{i}.err').read_text()) for i,(name,code) in enumerate(zip(_small_rooms, codes))}
@@ -825,14 +824,13 @@ def test_a_file_in_training_and_test_data(recipe, how, zoo, tmp_path, here, monk
 # Streams, addresses, flags
 
 @pytest.mark.skipif(not Path('/dev/stdin').exists(), reason='needs /dev/stdin')
-def test_a_picture_from_a_pipe(work, tmp_path, here):
+def test_a_picture_from_a_pipe(work, tmp_path, here, warm):
     "As the shell's `|` and `<` give it, and as a named pipe; an empty pipe, and a device, are said to be that"
     picture = (work/'runs/digits/digit_3.png').read_bytes()
     want = here(work, 'revvit_predict', 'runs/digits/digit_3.png').stdout.split(': ')[1]
-    said = subprocess.run([script('revvit_predict'), '/dev/stdin', '/dev/null'], cwd=work, env=env, input=picture,
-                          capture_output=True, timeout=300)
-    assert said.stdout.decode() == f'/dev/stdin: {want}'
-    assert said.stderr == b'revvit_predict: /dev/null: a device, not an image file\n' and said.returncode == 2
+    said = warm.run((script('revvit_predict'), '/dev/stdin', '/dev/null'), work, env, picture)
+    assert said.stdout == f'/dev/stdin: {want}'
+    assert said.stderr == 'revvit_predict: /dev/null: a device, not an image file\n' and said.returncode == 2
     os.mkfifo(tmp_path/'pipe')
     for data in (picture, b''):
         writer = subprocess.Popen([sys.executable, '-c', f"open({str(tmp_path/'pipe')!r}, 'wb').write({data!r})"])
@@ -938,10 +936,10 @@ def test_ctrl_c_while_importing(name, swallow, tmp_path):
 @pytest.mark.parametrize('name,args', [('revvit_predict', ['runs/digits/digit_3.png']*50),
                                        ('revvit_train', ['--epochs', '1', '--batch-size', '512', '--out'])],
                          ids=['predict', 'train'])
-def test_a_reader_that_leaves(name, args, work, tmp_path):
+def test_a_reader_that_leaves(name, args, work, tmp_path, warm):
     "`| head -1`: nothing is said, and the exit code is that of a program in a pipe"
     args = args+[str(tmp_path/'run')] if name == 'revvit_train' else args
-    with started(work, script(name), *args, stdout=subprocess.PIPE) as p:
+    with started(work, script(name), *args, warm=warm, stdout=subprocess.PIPE) as p:
         assert p.stdout.readline()
         p.stdout.close()
         err = p.stderr.read()

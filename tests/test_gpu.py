@@ -1,10 +1,11 @@
 """What only a GPU can show, and what the rest of the suite promises for a CPU, asked there: `REVVIT_DEVICE=cuda pytest
 tests/test_gpu.py`. Every line runs on a CPU as well (`REVVIT_DEVICE=cpu`), so that a machine with a GPU finds them in
 order; without that variable they wait."""
-import os, subprocess, sys
+import os
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest, torch
 import torch.distributed as dist
@@ -218,9 +219,10 @@ def test_learner_stops():
         r'7 of the batch\)'): learn.fit(1, cbs=(spoil := Spoil()))
     assert same(list(learn.model.parameters()), spoil.before)
 
-def test_these_tests_run():
+def test_these_tests_run(warm):
     "One case of each on the CPU, every test of this file: a GPU shall find no error but its own"
     which = '(vit3 or vit4 or test_learner or None-vit) and not torch.float16 and not these'
-    p = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-n0', '-p', 'no:cacheprovider', __file__, '-k', which],
-        env={**os.environ, 'REVVIT_DEVICE': 'cpu'}, capture_output=True, text=True, timeout=300)
+    code = 'import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))'
+    p = warm.run(['-c', code, '-q', '-n0', '-p', 'no:cacheprovider', __file__, '-k', which], Path.cwd(),
+                 {**os.environ, 'REVVIT_DEVICE': 'cpu'})
     assert p.returncode==0 and ' skipped' not in p.stdout, p.stdout[-3000:]

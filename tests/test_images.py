@@ -1,7 +1,7 @@
 """What a notebook cannot show about images: JPEGs of many kinds through the whole loader, processes that die, and
 resuming, with 0, 1 and 2 workers"""
 import copy as copying, gc, hashlib, io, json, multiprocessing, os, pickle, random, re, shutil, signal
-import subprocess, sys, time, unicodedata, warnings
+import sys, time, unicodedata, warnings
 from pathlib import Path
 
 import numpy as np
@@ -481,12 +481,11 @@ dl.set_epoch(epoch, batch)
 for x,y in dl: print(hashlib.sha256(x.numpy().tobytes()+y.numpy().tobytes()).hexdigest())
 """
 
-def test_R40_same_batches_in_another_process(folder, tmp_path):
+def test_R40_same_batches_in_another_process(folder, tmp_path, warm):
     "R40: a new process that is told epoch and batch goes on with the very bytes, with any number of workers"
     dl = loaders(folder, 0, aug=full).train
     ref = [[hashlib.sha256(x.numpy().tobytes()+y.numpy().tobytes()).hexdigest() for x,y in plain(dl)] for _ in range(3)]
-    run = subprocess.run([sys.executable, '-c', epochs_script, str(folder), '2', '2', '3'], capture_output=True,
-                         text=True, cwd=tmp_path)
+    run = warm.run(['-c', epochs_script, folder, 2, 2, 3], tmp_path, os.environ)
     assert run.stdout.split() == ref[2][3:], run.stderr
 
 @pytest.mark.parametrize('workers', [1,2])

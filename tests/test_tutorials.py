@@ -1,7 +1,7 @@
 """Tutorials run as they are read: each from its first cell to its last, and each program that is meant to be pasted by
-itself, in a fresh process and an empty folder. Models and training are made small around the code, which is not
+itself, in a process and an empty folder of its own. Models and training are made small around the code, which is not
 changed. That the full ones learn what they should is asserted in the notebooks, so an assertion may fail here."""
-import json, os, re, subprocess, sys
+import json, os, re
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ def small(name, **kw):
 timm.create_model = small
 '''
 
-def write_data(folder):
+def write_data(folder, warm):
     "The folders and files that the programs name: photographs, videos, published weights"
     rng = np.random.RandomState(0)
     for part,n in (('train',32), ('val',3)):
@@ -53,27 +53,26 @@ for part,n in (('train',8), ('val',2)):
 for file,model in (('REV_VIT_S.pyth','revvit_small_patch16_224'), ('REV_MVIT_B_16x4.pyth','revmvit_base_16x4_224')):
     torch.save(dict(model_state=small(model).state_dict()), file)
 '''
-    ran = run(code, folder)
+    ran = run(code, folder, warm)
     assert ran.returncode == 0, ran.stderr[-2000:]
 
-def run(code, folder, *words):
+def run(code, folder, warm):
     (folder/'program.py').write_text(code, encoding='utf8')
-    return subprocess.run([sys.executable, '-W', 'ignore', 'program.py', *words], cwd=folder, capture_output=True,
-                          text=True, stdin=subprocess.DEVNULL, timeout=600,
-                          env={**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg',
-                               'CUDA_VISIBLE_DEVICES': ''})
+    env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg',
+           'CUDA_VISIBLE_DEVICES': ''}
+    return warm.run([folder/'program.py'], folder, env)
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    write_data(folder := tmp_path_factory.mktemp('pasted'))
+def folder(tmp_path_factory, warm):
+    write_data(folder := tmp_path_factory.mktemp('pasted'), warm)
     return folder
 
 def test_there_is_something_to_paste(): assert {*READ} <= {o.values[0].stem for o in pasted}
 
 @pytest.mark.parametrize('path,code', pasted)
-def test_pasted_program_runs(folder, path, code):
+def test_pasted_program_runs(folder, path, code, warm):
     "By itself: with its own imports, in its own order, from data and weights on disk to a trained model"
-    ran = run(small_models+code, folder)
+    ran = run(small_models+code, folder, warm)
     assert ran.returncode == 0, ran.stderr[-2000:]
 
 # ---------------------------------------------------------------- what is read
@@ -102,7 +101,7 @@ revvit.data.digits.hold_out = lambda labels, per_class, seed=0: hold_out(labels,
 '''
 
 @pytest.mark.parametrize('path', [o for o in tutorials if o.stem in READ], ids=name)
-def test_cells_run_in_order(path, tmp_path):
+def test_cells_run_in_order(path, tmp_path, warm):
     "Nothing is used that an earlier cell does not make; the process knows nothing but the page"
     code = short + f'''
 names = {{'__name__': '__main__'}}
@@ -110,7 +109,7 @@ for i,cell in enumerate({cells(path, 'code')!r}):
     try: exec(compile(cell, f'cell {{i}}', 'exec'), names)
     except AssertionError: print('assertion', cell)
 '''
-    ran = run(code, tmp_path)
+    ran = run(code, tmp_path, warm)
     assert ran.returncode == 0, ran.stderr[-2000:]
 
 # ---------------------------------------------------------------- what the tables promise
