@@ -17,6 +17,6 @@ setup(
                  f"Natural Language :: {cfg['language']}", 'Programming Language :: Python :: 3'],
     long_description=(here/'README.md').read_text(encoding='utf8'), long_description_content_type='text/markdown',
     packages=find_packages(include=['revvit', 'revvit.*']), python_requires='>=' + cfg['min_python'],
-    install_requires=cfg['requirements'].split(), extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev','shards','deploy')},
+    install_requires=cfg['requirements'].split(), extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev','shards','detect','deploy')},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['revvit=revvit._modidx:d']},
     package_data={'revvit': ['py.typed','*.pyi']}, zip_safe=False)

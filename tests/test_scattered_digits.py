@@ -1,0 +1,62 @@
+"""Digits scattered on a canvas: the same every time, boxes that fit the ink, written once and whole."""
+import json
+
+import numpy as np, pytest, torch
+from revvit.data import scattered_digits as module
+from revvit.data.coco import CocoImages, read_coco
+from revvit.data.digits import digits
+from revvit.data.scattered_digits import scattered, scattered_digits, scattered_digits_dls
+
+@pytest.fixture
+def few(monkeypatch): monkeypatch.setattr(module, '_parts', dict(train=12, val=5))
+
+def test_the_same_every_time(tmp_path, few):
+    a,b = (scattered_digits(tmp_path/o) for o in 'ab')
+    names = sorted(str(o.relative_to(a)) for o in a.rglob('*'))
+    assert names == sorted(str(o.relative_to(b)) for o in b.rglob('*')) and len(names) == 12+5+4
+    assert all((a/o).read_bytes() == (b/o).read_bytes() for o in names if (a/o).is_file())
+
+@pytest.mark.parametrize('seed', range(8))
+def test_what_is_found_is_ink_and_keeps_apart(seed):
+    canvas,found = scattered(*digits(), np.random.RandomState(seed))
+    assert canvas.shape == (96,96) and len(found) <= 5
+    assert all((canvas[m>0]>100).all() and m.any() for _,m in found)
+    assert sum(m.astype(int) for _,m in found).max() <= 1 if found else True
+
+def test_boxes_are_the_edges_of_the_masks(tmp_path, few):
+    folder = scattered_digits(tmp_path/'x')
+    ds,seen = CocoImages(read_coco(folder/'instances_train.json', folder/'train', masks=True)),0
+    for i in range(len(ds)):
+        _,there = ds[i]
+        for box,mask in zip(there['boxes'], there['masks']):
+            ys,xs = mask.nonzero(as_tuple=True)
+            assert box.tolist() == [xs.min(), ys.min(), xs.max()+1, ys.max()+1]
+            seen += 1
+    assert seen > 10
+
+def test_held_out_digits_are_others(tmp_path, few, monkeypatch):
+    given = []
+    monkeypatch.setattr(module, 'scattered', lambda images, labels, rng: given.append(len(images)) or scattered(images,
+        labels, rng))
+    scattered_digits(tmp_path/'x')
+    assert set(given[:12]) == {1437} and set(given[12:]) == {360}
+
+def test_written_once_and_whole(tmp_path, few, monkeypatch):
+    folder = scattered_digits(tmp_path/'x')
+    (folder/'train'/'0000.png').write_bytes(b'mine')
+    assert scattered_digits(folder) == folder and (folder/'train'/'0000.png').read_bytes() == b'mine'
+    def full(*args): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(json, 'dumps', full)
+    with pytest.raises(OSError, match='No space left'): scattered_digits(tmp_path/'y')
+    assert sorted(o.name for o in tmp_path.iterdir()) == ['x']
+
+def test_a_folder_with_other_things_is_refused(tmp_path):
+    (tmp_path/'letter.txt').write_text('')
+    with pytest.raises(ValueError, match='holds other things than the scattered digits'): scattered_digits(tmp_path)
+
+def test_batches(tmp_path, few):
+    dls = scattered_digits_dls(4, tmp_path/'x', device='cpu')
+    images,there = dls.one_batch()
+    assert [o.shape for o in images] == [(3,96,96)]*4 and dls.vocab == list('0123456789')
+    assert all(t['masks'].shape == (len(t['boxes']),96,96) and t['labels'].ge(1).all() for t in there)
+    assert len(list(dls.valid)) == 2
