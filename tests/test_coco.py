@@ -84,8 +84,8 @@ def test_images_that_cannot_be_read(folder):
     assert [o['id'] for o in data.images] == [0,1,3,5]
     assert [[a['id'] for a in o] for o in data.things] == [[0],[1],[3],[]]
 
-@pytest.mark.parametrize('box,want', [((-3,-2,8,6), [0,0,5,4]), ((28,20,9,9), [28,20,32,24]), ((0,0,99,99), [0,0,32,24]),
-    ((1.5,2.5,3,4), [1.5,2.5,4.5,6.5])])
+@pytest.mark.parametrize('box,want', [((-3,-2,8,6), [0,0,5,4]), ((28,20,9,9), [28,20,32,24]),
+    ((0,0,99,99), [0,0,32,24]), ((1.5,2.5,3,4), [1.5,2.5,4.5,6.5])])
 def test_a_box_is_cut_at_the_edges(box, want, folder):
     assert cut_box(box, (H,W)) == want
     data = read_coco(written(folder, lambda c: first(c).update(bbox=list(box))), folder/'train')
@@ -100,7 +100,8 @@ def test_a_box_without_area_is_left_out_and_counted(box, folder):
 
 def test_a_crowd_is_kept_aside(folder):
     runs = dict(size=[H,W], counts=[0,H*W])
-    data = read_coco(written(folder, lambda c: first(c).update(iscrowd=1, segmentation=runs)), folder/'train', masks=True)
+    file = written(folder, lambda c: first(c).update(iscrowd=1, segmentation=runs))
+    data = read_coco(file, folder/'train', masks=True)
     assert not data.things[0] and data.crowds[0][0]['id'] == 0
     assert CocoImages(data)[0][1]['labels'].tolist() == []
 
@@ -129,7 +130,8 @@ def test_an_image_without_things(masks, folder):
 
 def test_an_image_of_another_size_is_named(folder):
     data = read_coco(written(folder, lambda c: c['images'][1].update(height=99)), folder/'train')
-    with pytest.raises(CocoError, match=f'image 1 is said to be 99x{W}, and .*1.png is {H}x{W} pixels'): CocoImages(data)[1]
+    with pytest.raises(CocoError, match=f'image 1 is said to be 99x{W}, and .*1.png is {H}x{W} pixels'):
+        CocoImages(data)[1]
 
 def test_boxes_and_masks_stay_together(folder):
     "Wherever crop, scale and mirror put a thing, the mask fills its box"

@@ -6,7 +6,7 @@
 __all__ = ['CocoError', 'CocoData', 'cut_box', 'read_coco', 'mask_of', 'CocoImages', 'scene_tfm', 'as_lists', 'coco_files',
            'coco_dls', 'draw_scene']
 
-# %% ../../nbs/data/26_coco.ipynb #3797232a
+# %% ../../nbs/data/26_coco.ipynb #91519489
 import json, math, os, warnings
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -21,7 +21,7 @@ from .from_files import and_more, naming_file, readable
 from .images import open_image
 from .loader import EpochDL
 
-# %% ../../nbs/data/26_coco.ipynb #2113f8c7
+# %% ../../nbs/data/26_coco.ipynb #de19561b
 class CocoError(ValueError):
     "Something in a file of COCO's format that cannot be meant: a sentence that begins with its path"
 
@@ -48,7 +48,7 @@ def _by_id(content, part, file, wanted):
         out[o['id']] = o
     return out
 
-# %% ../../nbs/data/26_coco.ipynb #bd247ef8
+# %% ../../nbs/data/26_coco.ipynb #a981619d
 def _number(o): return isinstance(o, (int,float)) and not isinstance(o, bool) and math.isfinite(o)
 
 def _shape_fault(s, size):
@@ -77,7 +77,7 @@ def _check_thing(a, images, categories, file):
     fault = _shape_fault(a['segmentation'], (im['height'],im['width'])) if a.get('segmentation') else None
     _ask(not fault, file, f"{who}: {fault}")
 
-# %% ../../nbs/data/26_coco.ipynb #a5797f9d
+# %% ../../nbs/data/26_coco.ipynb #ec9f95c7
 @dataclass
 class CocoData:
     "Images and what is in them"
@@ -97,6 +97,7 @@ def cut_box(
     x,y,w,h = box
     return [min(max(x, 0), size[1]), min(max(y, 0), size[0]), min(max(x+w, 0), size[1]), min(max(y+h, 0), size[0])]
 
+# %% ../../nbs/data/26_coco.ipynb #f7690d87
 def read_coco(
     file:str|Path, # JSON file in COCO's format
     folder:str|Path, # Holds the images
@@ -126,7 +127,7 @@ def read_coco(
     return CocoData(file, [str(cats[i]['name']) for i in ids], ids, list(there), [images[i] for i in there.values()],
                     [things[i] for i in there.values()], [crowds[i] for i in there.values()])
 
-# %% ../../nbs/data/26_coco.ipynb #744a173c
+# %% ../../nbs/data/26_coco.ipynb #8bd48ff6
 def _coco_mask():
     if find_spec('pycocotools') is None:
         raise ImportError("masks in COCO's format need the package pycocotools: pip install pycocotools")
@@ -143,6 +144,7 @@ def mask_of(
     elif isinstance(s['counts'], list): s = api.frPyObjects(s, *size)
     return api.decode(s)
 
+# %% ../../nbs/data/26_coco.ipynb #8444cc82
 class CocoImages:
     "Images of a `CocoData` by index: pixels from 0 to 1, and boxes, labels and masks"
     def __init__(self,
@@ -169,13 +171,11 @@ class CocoImages:
         boxes = torch.tensor([o['box'] for o in things], dtype=torch.float32).view(-1, 4)
         out = dict(boxes=tv_tensors.BoundingBoxes(boxes, format='XYXY', canvas_size=size),
             labels=torch.tensor([labels[o['category_id']] for o in things], dtype=torch.int64), image_id=i)
-        if self.masks:
-            drawn = [mask_of(o, size) for o in things]
-            drawn = np.stack(drawn) if drawn else np.zeros((0,*size), np.uint8)
-            out['masks'] = tv_tensors.Mask(torch.from_numpy(drawn))
-        return out
+        if not self.masks: return out
+        drawn = np.array([mask_of(o, size) for o in things], np.uint8).reshape(-1, *size)
+        return {**out, 'masks': tv_tensors.Mask(torch.from_numpy(drawn))}
 
-# %% ../../nbs/data/26_coco.ipynb #36057c86
+# %% ../../nbs/data/26_coco.ipynb #b582783f
 def scene_tfm(
     size:int=1024, # Height and width of the window, in pixels
     jitter:tuple|None=(.1,2.), # Smallest and largest factor of the image's size; None for no jitter
@@ -188,7 +188,7 @@ def scene_tfm(
         tv_tensors.Image: .5, tv_tensors.Mask: 0, 'others': 0})]
     return v2.Compose([v2.RandomHorizontalFlip(hflip), *tfms, v2.SanitizeBoundingBoxes(min_size=1)])
 
-# %% ../../nbs/data/26_coco.ipynb #da9805c4
+# %% ../../nbs/data/26_coco.ipynb #6aedfca6
 def as_lists(
     items:list, # Pairs of image and target
 )->tuple: # List of images, list of targets
@@ -196,6 +196,7 @@ def as_lists(
     return [o[0].as_subclass(torch.Tensor) for o in items],[
         {k: v.as_subclass(torch.Tensor) if isinstance(v, torch.Tensor) else v for k,v in o[1].items()} for o in items]
 
+# %% ../../nbs/data/26_coco.ipynb #613dc697
 def coco_files(
     path:Path, # Folder
     part:str, # 'train' or 'val'
@@ -207,6 +208,7 @@ def coco_files(
     images = path/found[0].stem.removeprefix('instances_')
     return found[0], next((o for o in (images,path/'images'/images.name,path/'images') if o.is_dir()), path)
 
+# %% ../../nbs/data/26_coco.ipynb #4ccdc2a4
 def coco_dls(
     path:str|Path, # Folder with `instances_train*.json`, `instances_val*.json` and the images
     bs:int=2, # Images a training batch in this process
@@ -233,7 +235,7 @@ def coco_dls(
     dls.vocab = train.vocab
     return dls
 
-# %% ../../nbs/data/26_coco.ipynb #2368ac6f
+# %% ../../nbs/data/26_coco.ipynb #0f655b7b
 _COLORS = '#e6550d #3182bd #31a354 #756bb1 #d6a100 #1b9e9e #e7298a #8c6d31'.split()
 
 def draw_scene(
