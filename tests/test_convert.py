@@ -3,11 +3,13 @@ export, features."""
 import copy, pickle, warnings
 
 import pytest, timm, torch
+import timm.models as zoo
 from timm.models import vision_transformer as parts
 from torch import nn
 import revvit
 from revvit.core.memory import peak_bytes, saved_bytes
 from revvit.models.convert import RewiredStack
+from revvit.models.kinds import kinds
 from cases import REMEDY, error, same, used
 
 torch.set_num_threads(1)
@@ -182,6 +184,75 @@ def test_timms_switch_is_ours():
     assert (m.blocks.reversible,m.blocks.keep,m.blocks.exact)==(True,.2,True)
     m.set_grad_checkpointing(False)
     assert not m.blocks.reversible and not m.grad_checkpointing
+
+# --- one small member of each kind of block that the models above do not have
+
+SMALL = dict(img_size=32, num_classes=5, drop_path_rate=.2)
+HEADS = dict(embed_dim=24, num_heads=2)
+def named(name, **kw): return lambda depth: timm.create_model(name, **SMALL, **HEADS, depth=depth, **kw)
+def swin(name):
+    sizes = dict(window_size=4, embed_dim=12, num_heads=(1,2))
+    return lambda depth: timm.create_model(name, **SMALL, **sizes, depths=(1,depth))
+def nest(depth): return zoo.nest.Nest(**SMALL, embed_dims=(24,)*3, num_heads=(1,)*3, depths=(1,1,depth))
+def volo(depth):
+    sizes = dict(embed_dims=(24,)*4, num_heads=(2,)*4, downsamples=(True,False,False,False), outlook_attention=(True,)+(False,)*3)
+    return zoo.volo.VOLO((1,1,depth,1), **SMALL, **sizes, mlp_ratio=2.)
+def gcvit(depth): return zoo.gcvit.GlobalContextVit(**SMALL, embed_dim=12, depths=(1,depth), num_heads=(1,2),
+    window_ratio=(4,8), layer_scale=.1)
+def pvt(depth):
+    return zoo.pvt_v2.PyramidVisionTransformerV2(num_classes=5, drop_path_rate=.2, embed_dims=(16,)*4,
+        depths=(1,1,1,depth), num_heads=(1,1,2,2), mlp_ratios=(2,)*4)
+def sam(depth):
+    return named('samvit_base_patch16', patch_size=8, window_size=3, global_attn_indexes=(1,), neck_chans=16)(depth)
+FAMILIES = dict(relpos_post=named('vit_relpos_base_patch16_rpn_224', patch_size=8),
+    eva_post=named('eva02_enormous_patch14_clip_224', patch_size=8), deepseek=named('deepseek_vit_412m', patch_size=8),
+    gemma4=named('gemma4_vit_167m', patch_size=8), qwen=named('qwen3_vit_88m', patch_size=8),
+    swin=swin('swin_tiny_patch4_window7_224'), swin2=swin('swinv2_tiny_window8_256'),
+    nest=nest, volo=volo, gcvit=gcvit, pvt=pvt, sam=sam)
+families = pytest.mark.parametrize('key', FAMILIES)
+
+def member(key, depth=2):
+    torch.manual_seed(depth)
+    return used(FAMILIES[key](depth))
+def named_class(name):
+    module,cls = name.split('.')
+    return getattr(getattr(zoo, module, None), cls, None)
+def blocks_of(m): return {type(b).before for s in m.modules() if isinstance(s, RewiredStack) for b in s._modules.values()}
+
+def test_every_kind_of_block_has_a_member():
+    "Among the models above and here"
+    ours = [make(n, 1, **kw) for n,kw in MODELS.values()] + [member(k, 1) for k in FAMILIES]
+    found = {o.forward for m in ours for o in blocks_of(revvit.reversible(m))}
+    assert not {o for o in map(named_class, kinds) if o is not None and o.forward not in found}
+
+@families
+def test_a_member_of_each_kind_learns_comes_back_and_is_copied(key):
+    "Gradients in float64 with drop path, exact mode, names, the old bits, a copy, an export, features"
+    m,x = member(key),images(3)
+    want,names,kind = outs(m.float().eval()(x.float())),[*m.state_dict()],type(m)
+    revvit.reversible(m, chunk=1)
+    assert [*m.state_dict()]==names
+    m.train().double()
+    ref = run(m, x, False)
+    for mode in (dict(), dict(keep=.3)):
+        y,grads = run(m, x, True, **mode)
+        assert error(y, ref[0]) < 1e-7 and error(grads, ref[1]) < 1e-7   # some norms compute in float32
+    stored,rebuilt = (run(m.float(), x.float(), on, exact=True) for on in (False,True))
+    for a,b in zip(stored, rebuilt): assert same([o for o in a if o is not None], [o for o in b if o is not None])
+    m.eval().set_reversible(True)
+    out,few = outs(m(x.float())),x[:2].float()
+    assert same(outs(copy.deepcopy(m)(x.float())), out)
+    assert error(outs(torch.export.export(m, (few,)).module()(few)), outs(m(few))) < 1e-5
+    assert error(outs(m.forward_head(m.forward_features(x.float()))), out) < 1e-6
+    assert same(outs(revvit.plain(m)(x.float())), want) and type(m) is kind
+
+@families
+def test_a_member_of_each_kind_keeps_nothing_more_when_it_is_deeper(key):
+    def kept(depth):
+        m,x = revvit.reversible(member(key, depth), chunk=1),images(3, dtype=torch.float32)
+        for b in (b for s in m.modules() if isinstance(s, RewiredStack) for b in s): b.drop_path = 0.
+        return saved_bytes(lambda: m(x), m)
+    assert kept(6)-kept(2) <= 4*1000   # four blocks' bookkeeping
 
 class Odd(parts.Block):
     "A block that does something else"

@@ -39,10 +39,13 @@ class Rewired:
 # %% ../../nbs/models/19_convert.ipynb #7b1bfc29
 class RewiredBlock(Rewired, ReversibleBlock):
     "A block of timm's as two halves"
-    shared_drop_path,g_takes = False,()
+    shared_drop_path = False
 
     @property
     def f_takes(self): return kind_of_class(self.before).takes
+
+    @property
+    def g_takes(self): return kind_of_class(self.before).g_takes
 
     def _half(self, i):
         halves,kind = self.__dict__.setdefault('_halves', {}),kind_of_class(self.before)
@@ -177,17 +180,20 @@ class RewiredModel(Rewired):
 # %% ../../nbs/models/19_convert.ipynb #917a7274
 _several,_between = 'attention and MLP are one sum','its model computes with the tokens between two blocks'
 _conv,_moves = 'convolutions come before or between its sums','it changes the number of tokens'
+_norms = 'it has batch norms'
 _reasons = {
     'vision_transformer.ParallelScalingBlock': _several, 'vision_transformer.DiffParallelScalingBlock': _several,
     'vision_transformer.ParallelThingsBlock': 'several attentions are one sum', 'xcit.XCABlock': 'it has three sums',
-    'vision_transformer_sam.Block': 'its forward cuts windows itself',
     'convit.Block': _between, 'twins.Block': _between,
-    'pvt_v2.Block': 'its MLP is given the size of the map', 'tnt.Block': 'it has tokens of two sizes',
+    'tnt.Block': 'it has tokens of two sizes',
     'mvitv2.MultiScaleBlock': _moves, 'hieradet_sam2.MultiScaleBlock': _moves, 'hiera.HieraBlock': _moves,
-    'crossvit.MultiScaleBlock': 'it has two branches', 'gcvit.GlobalContextVitBlock': 'its attention is given a query',
+    'crossvit.MultiScaleBlock': 'it has two branches',
     'swin_transformer_v2_cr.SwinTransformerV2CrBlock': 'it may end with a norm of its sum', 'coat.SerialBlock': _conv,
     'tiny_vit.TinyVitBlock': _conv, 'davit.SpatialBlock': _conv, 'davit.ChannelBlock': _conv,
-    'levit.LevitBlock': 'it has batch norms', 'visformer.Block': 'it has batch norms'}
+    'levit.LevitBlock': _norms, 'visformer.Block': _norms, 'nextvit.NextConvBlock': _norms,
+    'maxxvit.MaxxVitBlock': _conv, 'maxxvit.ParallelMaxxVitBlock': _conv, 'lowformer.LowFormerBlock': 'it has three sums',
+    'maxxvit.TransformerBlock2d': 'the first one of each stage halves the map',
+    'byobnet.BottleneckBlock': 'it is a bottleneck of convolutions'}
 
 # %% ../../nbs/models/19_convert.ipynb #6d710185
 def _stacks(model, kind=(nn.ModuleList,nn.Sequential)):
@@ -227,6 +233,8 @@ def reversible(
         for b in stack._modules.values(): b.__class__ = _subclass(RewiredBlock, type(b))
         stack.__class__,stack.chunk = _subclass(RewiredStack, type(stack)),chunk
     model.grad_checkpointing = False
+    for o in model.modules():
+        if getattr(o, 'grad_checkpointing', False): o.grad_checkpointing = False   # of a stage
     model.__class__ = _subclass(RewiredModel, type(model))
     model.set_reversible(True, keep, exact)
     return model

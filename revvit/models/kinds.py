@@ -19,13 +19,20 @@ from .large import SplitAttention, SplitMlp
 @dataclass(frozen=True)
 class Kind:
     "How a class of timm's blocks is made"
-    f:tuple # What the tokens go through in the attention half, in order; a name with () is a method
+    f:tuple # What the tokens go through in the attention half, in order; a name with () is a method, else a function
     g:tuple # Likewise in the MLP half
     takes:tuple=() # Names of the arguments that attention takes, in the order of the block's
+    g_takes:tuple=() # Those of them that the MLP takes
     per_image:int=4 # Dimensions from which on a tensor among them has something for each image
     drops:tuple=('drop_path1','drop_path2') # Its layers of drop path
 
 # %% ../../nbs/models/18a_kinds.ipynb #f5954438
+def _in_windows(block, x):
+    "Attention of SAM's blocks"
+    if not block.window_size: return block.attn(x)
+    o,padded = zoo.vision_transformer_sam.window_partition(x, block.window_size)
+    return zoo.vision_transformer_sam.window_unpartition(block.attn(o), block.window_size, x.shape[1:3], padded)
+
 _pre,_post = dict(f=('norm1','attn','ls1'), g=('norm2','mlp','ls2')),dict(f=('attn','norm1'), g=('mlp','norm2'))
 _gamma = dict(f=('norm1','attn','gamma_1'), g=('norm2','mlp','gamma_2'))
 _bare,_one_drop = dict(f=('norm1','attn'), g=('norm2','mlp')),dict(drops=('drop_path',)*2)
@@ -45,6 +52,9 @@ kinds = {
     'cait.LayerScaleBlock': Kind(**_gamma, **_one_drop),
     'swin_transformer.SwinTransformerBlock': Kind(f=('norm1','_attn()'), g=('norm2','mlp')),
     'swin_transformer_v2.SwinTransformerV2Block': Kind(f=('_attn()','norm1'), g=('mlp','norm2')),
+    'gcvit.GlobalContextVitBlock': Kind(f=('norm1','_window_attn()','ls1'), g=('norm2','mlp','ls2'), takes=('q_global',)),
+    'pvt_v2.Block': Kind(**_bare, takes=('feat_size',), g_takes=('feat_size',)),
+    'vision_transformer_sam.Block': Kind(f=('norm1',_in_windows,'ls1'), g=('norm2','mlp','ls2')),
     'nest.TransformerLayer': Kind(**_bare),
     'volo.Transformer': Kind(**_bare)}
 
@@ -72,8 +82,8 @@ class BorrowedHalf(nn.Module):
     "Some layers of a block, one after another"
     def __init__(self,
         block:nn.Module, # Whose layers they are
-        names:tuple, # Of the layers, parameters and methods, in order
-        attends:bool, # Whether arguments go to `attn`
+        names:tuple, # Of the layers, parameters and methods, in order; or functions
+        attends:bool, # Whether it is the attention half
     ):
         super().__init__()
         self.names,self.attends,self.__dict__['owner'] = names,attends,block
@@ -82,7 +92,7 @@ class BorrowedHalf(nn.Module):
 
     def _look(self):
         "Layers and parameters of the block, as they are now"
-        names = [n for o in self.names for n in (('attn',) if o=='_attn()' else (o,))]
+        names = ['attn' if callable(o) or o.endswith('()') else o for o in self.names]
         return {n:o for n in names if (o:=getattr(self.owner, n, None)) is not None}
 
     def fits(self):
@@ -92,10 +102,10 @@ class BorrowedHalf(nn.Module):
 
     def forward(self, x, **context):
         for n in self.names:
-            if n.endswith('()'): x = getattr(self.owner, n[:-2])(x)
-            elif n=='attn' and self.attends: x = self.attn(x, **context)
+            if callable(n): x = n(self.owner, x)
+            elif n.endswith('()'): x = getattr(self.owner, n[:-2])(x, **context)
             elif n in self._parameters: x = self._parameters[n]*x
-            elif n in self._modules: x = self._modules[n](x)
+            elif n in self._modules: x = self._modules[n](x, **(context if n in ('attn','mlp') else {}))
         return x
 
 # %% ../../nbs/models/18a_kinds.ipynb #8d77f3bc
