@@ -130,16 +130,37 @@ def test_the_way_back():
 
 @pytest.mark.skipif(DEVICE.type!='cpu', reason='counts the CPU allocator')
 @pytest.mark.parametrize('cut', (True,False))
-def test_a_gradient_does_not_cost_memory_that_grows_with_depth(cut):
+@pytest.mark.parametrize('what', ('memory','mask','rope'))
+def test_a_gradient_does_not_cost_memory_that_grows_with_depth(what, cut):
+    n = 2 if what=='memory' else 40   # a table and a mask are as long as the tokens
     def peak(depth):
         torch.manual_seed(0)
-        seq = ReversibleSequence([ReversibleBlock(mlp(D), Cross(0.), g_takes=('memory',)) for _ in range(depth)], 4)
-        x,memory = torch.randn(32, 2, D),torch.randn(*((32,) if cut else ()), 400, D, requires_grad=True)
-        given = PerImage(memory) if cut else memory
-        def step(): torch.stack([y.square().mean() for y in seq(x, x, memory=given)]).sum().backward()
+        F,takes = (lambda: Cross(0.),('memory',)) if what=='memory' else (lambda: Rotary(0.),('rope','mask'))
+        seq = ReversibleSequence([ReversibleBlock(mlp(D), F(), g_takes=takes) for _ in range(depth)], 4)
+        def learned(*shape): return torch.randn(*((32,) if cut else ()), *shape, requires_grad=True)
+        def given(k, *shape): return PerImage(learned(*shape)) if cut else learned(*shape)
+        rope = (lambda o: PerImage(o) if cut else o)((learned(n, D//2),learned(n, D//2)))
+        context = dict(memory=given('memory', 400, D)) if what=='memory' else dict(rope=rope)
+        if what=='mask': context['mask'] = given('mask', n, n)
+        x = torch.randn(32, n, D)
+        def step(): torch.stack([y.square().mean() for y in seq(x, x, **context)]).sum().backward()
         step()
         return peak_bytes(step)
     assert peak(16) < 1.05*peak(4)
+
+def test_a_mask_that_needs_a_gradient_has_its_kernel_in_both_directions():
+    "Attention takes another one there: exact mode gives the bits of stored activations all the same"
+    class Masked(nn.Module):
+        def __init__(self): super().__init__(); self.qkv = nn.Linear(12, 36)
+        def forward(self, x, mask):
+            q,k,v = self.qkv(x).unflatten(-1, (3,1,12)).transpose(1, 3).unbind(2)
+            return scaled_dot_product_attention(q, k, v, mask).squeeze(1)
+    torch.manual_seed(0)
+    seq = ReversibleSequence([ReversibleBlock(Masked(), mlp(12), f_takes=('mask',)) for _ in range(6)], 4).to(DEVICE)
+    xs,mask = torch.randn(2, 8, 49, 12, device=DEVICE),torch.randn(49, 49, device=DEVICE, requires_grad=True)
+    stored,rebuilt = (answers(seq, [x.requires_grad_() for x in xs.clone().unbind()], dict(mask=mask), [mask], on=on,
+                              exact=True) for on in (False,True))
+    assert same(rebuilt, stored)
 
 def test_changes_in_between_are_refused_by_name():
     for k,t in (('memory',lambda c: c['memory'].value),('rope',lambda c: c['rope'][1])):

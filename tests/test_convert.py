@@ -78,10 +78,10 @@ def test_names_weights_and_function_come_and_go(name, kw):
     m.load_state_dict(tensors)
     assert revvit.plain(m) is m and type(m) is kind and same(outs(m(x)), want)
 
-@few
+@some
 @pytest.mark.parametrize('amp', (None,torch.bfloat16), ids=str)
 def test_exact_mode_has_the_bits_of_stored_activations(name, kw, amp):
-    m,x = revvit.reversible(sized(name, kw, 6), chunk=2),images(dtype=torch.float32)
+    m,x = revvit.reversible(sized(name, kw), chunk=2),images(dtype=torch.float32)
     with torch.autocast('cpu', amp or torch.bfloat16, enabled=amp is not None):
         stored,rebuilt = run(m, x, False, exact=True),run(m, x, True, exact=True)
     for a,b in zip(stored, rebuilt): assert same([o for o in a if o is not None], [o for o in b if o is not None])
@@ -124,7 +124,7 @@ def test_copies_pickles_and_evaluation(name, kw):
         assert all(p.grad is None for p in m.parameters()) and other.blocks[0].f.owner is other.blocks[0]
     with torch.no_grad(): assert error(outs(m(x)), want) < 1e-5   # attention with a mask has another kernel there
 
-@few
+@some
 def test_export_in_evaluation(name, kw):
     m,x = revvit.reversible(sized(name, kw)).eval(),images(2, dtype=torch.float32)
     assert error(outs(torch.export.export(m, (x,)).module()(x)), outs(m(x))) < 1e-6
@@ -179,6 +179,22 @@ def test_layers_may_be_exchanged_and_frozen_later():
     for i,b in enumerate(m.blocks): b.drop_path = .1*i
     assert [b.drop_path for b in m.blocks]==[0.,.1,.2]
 
+def test_a_rate_for_a_layer_of_that_name():
+    "CaiT and Gemma have one layer of drop path for both halves, and call it drop_path"
+    m,x = revvit.reversible(make('cait_xxs24_224').double(), chunk=2),images()
+    for b in m.blocks: b.drop_path = .3
+    assert m.blocks[0].drop_path==.3 and m.blocks[0]._modules['drop_path'].drop_prob==.3
+    want,got = run(m, x, False),run(m, x, True)
+    assert error(got[1], want[1]) < 1e-12
+    for b in m.blocks: b.drop_path = 0
+    assert not same(run(m, x, True)[0], got[0])
+
+def test_checkpointing_of_stages_is_switched_off():
+    m = member('swin')
+    m.set_grad_checkpointing()
+    assert any(getattr(o, 'grad_checkpointing', False) for o in m.layers)
+    assert not any(getattr(o, 'grad_checkpointing', False) for o in revvit.reversible(m).layers)
+
 def test_timms_switch_is_ours():
     m = revvit.reversible(make(VIT), keep=.2, exact=True)
     assert (m.blocks.reversible,m.blocks.keep,m.blocks.exact)==(True,.2,True)
@@ -195,7 +211,8 @@ def swin(name):
     return lambda depth: timm.create_model(name, **SMALL, **sizes, depths=(1,depth))
 def nest(depth): return zoo.nest.Nest(**SMALL, embed_dims=(24,)*3, num_heads=(1,)*3, depths=(1,1,depth))
 def volo(depth):
-    sizes = dict(embed_dims=(24,)*4, num_heads=(2,)*4, downsamples=(True,False,False,False), outlook_attention=(True,)+(False,)*3)
+    outlook = dict(downsamples=(True,False,False,False), outlook_attention=(True,False,False,False))
+    sizes = dict(embed_dims=(24,)*4, num_heads=(2,)*4, **outlook)
     return zoo.volo.VOLO((1,1,depth,1), **SMALL, **sizes, mlp_ratio=2.)
 def gcvit(depth): return zoo.gcvit.GlobalContextVit(**SMALL, embed_dim=12, depths=(1,depth), num_heads=(1,2),
     window_ratio=(4,8), layer_scale=.1)
@@ -217,7 +234,8 @@ def member(key, depth=2):
 def named_class(name):
     module,cls = name.split('.')
     return getattr(getattr(zoo, module, None), cls, None)
-def blocks_of(m): return {type(b).before for s in m.modules() if isinstance(s, RewiredStack) for b in s._modules.values()}
+def stacks(m): return [o for o in m.modules() if isinstance(o, RewiredStack)]
+def blocks_of(m): return {type(b).before for s in stacks(m) for b in s._modules.values()}
 
 def test_every_kind_of_block_has_a_member():
     "Among the models above and here"
@@ -230,16 +248,18 @@ def test_a_member_of_each_kind_learns_comes_back_and_is_copied(key):
     "Gradients in float64 with drop path, exact mode, names, the old bits, a copy, an export, features"
     m,x = member(key),images(3)
     want,names,kind = outs(m.float().eval()(x.float())),[*m.state_dict()],type(m)
+    weights = copy.deepcopy(m.state_dict())
     revvit.reversible(m, chunk=1)
     assert [*m.state_dict()]==names
     m.train().double()
     ref = run(m, x, False)
     for mode in (dict(), dict(keep=.3)):
         y,grads = run(m, x, True, **mode)
-        assert error(y, ref[0]) < 1e-7 and error(grads, ref[1]) < 1e-7   # some norms compute in float32
+        assert error(y, ref[0]) < 1e-6 and error(grads, ref[1]) < 1e-6   # some norms compute in float32
     stored,rebuilt = (run(m.float(), x.float(), on, exact=True) for on in (False,True))
     for a,b in zip(stored, rebuilt): assert same([o for o in a if o is not None], [o for o in b if o is not None])
-    m.eval().set_reversible(True)
+    m.eval().load_state_dict(weights)   # a stem may have batch norm
+    m.set_reversible(True)
     out,few = outs(m(x.float())),x[:2].float()
     assert same(outs(copy.deepcopy(m)(x.float())), out)
     assert error(outs(torch.export.export(m, (few,)).module()(few)), outs(m(few))) < 1e-5
@@ -263,6 +283,8 @@ REFUSED = dict(
         'ParallelScalingBlock, and attention and MLP are one sum'),
     things=(lambda: make(VIT, block_fn=parts.ParallelThingsBlock), 'ParallelThingsBlock, and several attentions'),
     odd=(lambda: make(VIT, block_fn=Odd), 'Odd, and nobody has written down'),
+    maxvit=(lambda: timm.create_model('test_maxvit'), 'MaxxVitBlock, and convolutions come before'),
+    coatnet=(lambda: timm.create_model('test_coatnet'), 'the first one of each stage halves the map'),
     convnet=(lambda: timm.create_model('resnet18'), 'no list of blocks with attention'),
     xcit=(lambda: timm.create_model('xcit_nano_12_p16_224'), 'XCABlock, and it has three sums'),
     twice=(lambda: revvit.reversible(make(VIT)), 'is reversible already'),

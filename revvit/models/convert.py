@@ -7,16 +7,18 @@ __all__ = ['Rewired', 'RewiredBlock', 'Pending', 'Pass', 'Step', 'RewiredStack',
 
 # %% ../../nbs/models/19_convert.ipynb #5ff43011
 import threading, torch
-from functools import lru_cache
+from functools import lru_cache, partial
 from operator import attrgetter
 from torch import nn
 from timm.layers import DropPath
 from timm.models._features import feature_take_indices
 from ..core.block import ReversibleBlock
-from ..core.context import PerBlock, PerImage
+from ..core.context import PerBlock, PerImage, empty_graph
 from ..core.dial import check_keep
+from ..core.exact import GRID
 from ..core.replay import check_repeatable
 from ..core.sequence import ReversibleSequence
+from ..core.state import amp_dtype
 from .kinds import BorrowedHalf, kind_of, kind_of_class
 from .layers import MeanFusion
 
@@ -37,6 +39,9 @@ class Rewired:
         return new
 
 # %% ../../nbs/models/19_convert.ipynb #7b1bfc29
+def _with_graph(run, xs, rows):
+    with empty_graph(): return run(xs, rows).detach()
+
 class RewiredBlock(Rewired, ReversibleBlock):
     "A block of timm's as two halves"
     shared_drop_path = False
@@ -52,6 +57,12 @@ class RewiredBlock(Rewired, ReversibleBlock):
         if i not in halves or halves[i].owner is not self or not halves[i].fits():
             halves[i] = BorrowedHalf(self, (kind.f,kind.g)[i], i==0)
         return halves[i]
+
+    def calls(self, *args, **kwargs):
+        "As a block's; where attention makes a mask from weights, with the kernel that the repetition takes"
+        f,g = super().calls(*args, **kwargs)
+        if kind_of_class(self.before).learns_mask: f.run = partial(_with_graph, f.run)
+        return f,g
 
     @property
     def f(self): return self._half(0)
@@ -73,6 +84,10 @@ class RewiredBlock(Rewired, ReversibleBlock):
         if not 0<=rate<1: raise ValueError(f"drop_path must be at least 0 and below 1, got {rate}")
         for n in kind_of_class(self.before).drops:
             setattr(self, n, DropPath(rate)) if rate else setattr(self, n, nn.Identity())
+
+    def __setattr__(self, k, v):
+        rate = k=='drop_path' and not isinstance(v, nn.Module)   # some have a layer of that name
+        type(self).drop_path.fset(self, v) if rate else super().__setattr__(k, v)
 
 # %% ../../nbs/models/19_convert.ipynb #2419895a
 _local = threading.local()   # of which blocks a model wants the tokens, in this thread
@@ -104,13 +119,17 @@ class Pass:
 
     def step(self, i, x, args, kwargs):
         "Note block `i`, and run what was noted if somebody will look at the result"
-        if i==0: self.streams = x,x
+        if i==0: self.streams = (self.stream(x),)*2
         elif x is not self.handed: Pending(x, i-1).refuse()
         values = dict(zip(self.blocks[i].f_takes, args))|kwargs
         self.todo.append({k:v for k,v in values.items() if v is not None and v is not False})
         last = i==len(self.blocks)-1
         self.handed = self.run(i, last) if last or i in self.wanted else Pending(self.streams[0], i)
         return self.handed
+
+    def stream(self, x):
+        "Tokens as the exact mode can have them: under autocast in float32, whatever the stem gives; sums in one order"
+        return (x.float() if x.dtype not in GRID and amp_dtype(x.device) else x).contiguous()
 
     def run(self, i, last):
         "The noted blocks, up to `i`; the mean of both streams"
@@ -173,7 +192,7 @@ class RewiredModel(Rewired):
     def forward_intermediates(self, x, indices=None, *args, **kwargs):
         "timm's, with the mean of both streams after the chosen blocks"
         outer = getattr(_local, 'wanted', ())
-        if isinstance(self.blocks, RewiredStack): _local.wanted = feature_take_indices(len(self.blocks), indices)[0]
+        if isinstance(getattr(self, 'blocks', None), RewiredStack): _local.wanted = feature_take_indices(len(self.blocks), indices)[0]
         try: return super().forward_intermediates(x, indices, *args, **kwargs)
         finally: _local.wanted = outer
 

@@ -25,6 +25,7 @@ class Kind:
     g_takes:tuple=() # Those of them that the MLP takes
     per_image:int=4 # Dimensions from which on a tensor among them has something for each image
     drops:tuple=('drop_path1','drop_path2') # Its layers of drop path
+    learns_mask:bool=False # Whether attention makes its mask from weights
 
 # %% ../../nbs/models/18a_kinds.ipynb #f5954438
 def _in_windows(block, x):
@@ -41,20 +42,22 @@ _masks,_rope = ('attn_mask','is_causal'),('rope','attn_mask','is_causal')
 kinds = {
     'vision_transformer.Block': Kind(**_pre, takes=_masks),
     'vision_transformer.ResPostBlock': Kind(**_post, takes=_masks),
-    'vision_transformer_relpos.RelPosBlock': Kind(**_pre, takes=('shared_rel_pos',), per_image=5),
-    'vision_transformer_relpos.ResPostRelPosBlock': Kind(**_post, takes=('shared_rel_pos',), per_image=5),
-    'beit.Block': Kind(**_gamma, takes=('shared_rel_pos_bias',), per_image=5),
+    'vision_transformer_relpos.RelPosBlock': Kind(**_pre, takes=('shared_rel_pos',), per_image=5,
+        learns_mask=True),
+    'vision_transformer_relpos.ResPostRelPosBlock': Kind(**_post, takes=('shared_rel_pos',), per_image=5,
+        learns_mask=True),
+    'beit.Block': Kind(**_gamma, takes=('shared_rel_pos_bias',), per_image=5, learns_mask=True),
     'eva.EvaBlock': Kind(**_gamma, takes=_rope),
     'eva.EvaBlockPostNorm': Kind(**_post, takes=_rope),
     'deepseek_vit.DeepseekVitBlock': Kind(**_bare, takes=('rope',)),
     'gemma4_vit.Gemma4Block': Kind(f=('norm1','attn','norm2'), g=('norm3','mlp','norm4'), per_image=3,
                                    takes=('rope_cos','rope_sin','attn_mask'), **_one_drop),
     'cait.LayerScaleBlock': Kind(**_gamma, **_one_drop),
-    'swin_transformer.SwinTransformerBlock': Kind(f=('norm1','_attn()'), g=('norm2','mlp')),
+    'swin_transformer.SwinTransformerBlock': Kind(f=('norm1','_attn()'), g=('norm2','mlp'), learns_mask=True),
     'swin_transformer_v2.SwinTransformerV2Block': Kind(f=('_attn()','norm1'), g=('mlp','norm2')),
     'gcvit.GlobalContextVitBlock': Kind(f=('norm1','_window_attn()','ls1'), g=('norm2','mlp','ls2'), takes=('q_global',)),
     'pvt_v2.Block': Kind(**_bare, takes=('feat_size',), g_takes=('feat_size',)),
-    'vision_transformer_sam.Block': Kind(f=('norm1',_in_windows,'ls1'), g=('norm2','mlp','ls2')),
+    'vision_transformer_sam.Block': Kind(f=('norm1',_in_windows,'ls1'), g=('norm2','mlp','ls2'), learns_mask=True),
     'nest.TransformerLayer': Kind(**_bare),
     'volo.Transformer': Kind(**_bare)}
 
