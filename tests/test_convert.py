@@ -195,6 +195,29 @@ def test_checkpointing_of_stages_is_switched_off():
     assert any(getattr(o, 'grad_checkpointing', False) for o in m.layers)
     assert not any(getattr(o, 'grad_checkpointing', False) for o in revvit.reversible(m).layers)
 
+def replica(m):
+    "As torch.nn.parallel.replicate makes, which wants GPUs: its parameters are plain tensors"
+    copies = {}
+    for o in reversed(list(m.modules())):
+        r = copies[o] = o._replicate_for_data_parallel()
+        for n,c in o._modules.items():
+            if c is not None: r._modules[n] = copies[c]; setattr(r, n, copies[c])
+        for n,p in o._parameters.items(): setattr(r, n, p if p is None else p.clone())
+        r._former_parameters = {}
+    return copies[m]
+
+@few
+def test_replicas_of_data_parallel(name, kw):
+    "Refused with a remedy where weights would be missed, and right in plain mode and in evaluation"
+    m,x = revvit.reversible(sized(name, {k:v for k,v in kw.items() if k!='patch_drop_rate'}, rate=0).double()),images()
+    def grads(other): return torch.autograd.grad(sum(o.square().sum() for o in outs(other(x))), list(m.parameters()))
+    m.set_reversible(False)
+    want = grads(m)
+    assert error(grads(replica(m)), want) < 1e-12
+    m.set_reversible(True)
+    with torch.no_grad(): assert error(outs(replica(m)(x)), outs(m(x))) < 1e-12
+    with pytest.raises(RuntimeError, match=f'needs a gradient, but is neither.*{REMEDY}'): grads(replica(m))
+
 def test_timms_switch_is_ours():
     m = revvit.reversible(make(VIT), keep=.2, exact=True)
     assert (m.blocks.reversible,m.blocks.keep,m.blocks.exact)==(True,.2,True)

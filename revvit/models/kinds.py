@@ -107,8 +107,9 @@ class BorrowedHalf(nn.Module):
         for n in self.names:
             if callable(n): x = n(self.owner, x)
             elif n.endswith('()'): x = getattr(self.owner, n[:-2])(x, **context)
-            elif n in self._parameters: x = self._parameters[n]*x
-            elif n in self._modules: x = self._modules[n](x, **(context if n in ('attn','mlp') else {}))
+            elif (o:=getattr(self, n, None)) is None: continue
+            elif isinstance(o, torch.Tensor): x = o*x
+            else: x = o(x, **(context if n in ('attn','mlp') else {}))
         return x
 
 # %% ../../nbs/models/18a_kinds.ipynb #8d77f3bc
