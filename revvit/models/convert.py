@@ -192,7 +192,8 @@ class RewiredModel(Rewired):
     def forward_intermediates(self, x, indices=None, *args, **kwargs):
         "timm's, with the mean of both streams after the chosen blocks"
         outer = getattr(_local, 'wanted', ())
-        if isinstance(getattr(self, 'blocks', None), RewiredStack): _local.wanted = feature_take_indices(len(self.blocks), indices)[0]
+        stack = getattr(self, 'blocks', None)
+        if isinstance(stack, RewiredStack): _local.wanted = feature_take_indices(len(stack), indices)[0]
         try: return super().forward_intermediates(x, indices, *args, **kwargs)
         finally: _local.wanted = outer
 
@@ -210,7 +211,8 @@ _reasons = {
     'swin_transformer_v2_cr.SwinTransformerV2CrBlock': 'it may end with a norm of its sum', 'coat.SerialBlock': _conv,
     'tiny_vit.TinyVitBlock': _conv, 'davit.SpatialBlock': _conv, 'davit.ChannelBlock': _conv,
     'levit.LevitBlock': _norms, 'visformer.Block': _norms, 'nextvit.NextConvBlock': _norms,
-    'maxxvit.MaxxVitBlock': _conv, 'maxxvit.ParallelMaxxVitBlock': _conv, 'lowformer.LowFormerBlock': 'it has three sums',
+    'maxxvit.MaxxVitBlock': _conv, 'maxxvit.ParallelMaxxVitBlock': _conv,
+    'lowformer.LowFormerBlock': 'it has three sums',
     'maxxvit.TransformerBlock2d': 'the first one of each stage halves the map',
     'byobnet.BottleneckBlock': 'it is a bottleneck of convolutions'}
 

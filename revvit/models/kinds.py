@@ -34,6 +34,7 @@ def _in_windows(block, x):
     o,padded = zoo.vision_transformer_sam.window_partition(x, block.window_size)
     return zoo.vision_transformer_sam.window_unpartition(block.attn(o), block.window_size, x.shape[1:3], padded)
 
+# %% ../../nbs/models/18a_kinds.ipynb #7a0f3b89
 _pre,_post = dict(f=('norm1','attn','ls1'), g=('norm2','mlp','ls2')),dict(f=('attn','norm1'), g=('mlp','norm2'))
 _gamma = dict(f=('norm1','attn','gamma_1'), g=('norm2','mlp','gamma_2'))
 _bare,_one_drop = dict(f=('norm1','attn'), g=('norm2','mlp')),dict(drops=('drop_path',)*2)
@@ -55,12 +56,14 @@ kinds = {
     'cait.LayerScaleBlock': Kind(**_gamma, **_one_drop),
     'swin_transformer.SwinTransformerBlock': Kind(f=('norm1','_attn()'), g=('norm2','mlp'), learns_mask=True),
     'swin_transformer_v2.SwinTransformerV2Block': Kind(f=('_attn()','norm1'), g=('mlp','norm2')),
-    'gcvit.GlobalContextVitBlock': Kind(f=('norm1','_window_attn()','ls1'), g=('norm2','mlp','ls2'), takes=('q_global',)),
+    'gcvit.GlobalContextVitBlock': Kind(f=('norm1','_window_attn()','ls1'), g=('norm2','mlp','ls2'),
+        takes=('q_global',)),
     'pvt_v2.Block': Kind(**_bare, takes=('feat_size',), g_takes=('feat_size',)),
     'vision_transformer_sam.Block': Kind(f=('norm1',_in_windows,'ls1'), g=('norm2','mlp','ls2'), learns_mask=True),
     'nest.TransformerLayer': Kind(**_bare),
     'volo.Transformer': Kind(**_bare)}
 
+# %% ../../nbs/models/18a_kinds.ipynb #ae39a9d2
 def _named(name):
     "timm's class of that name, if this version has it"
     module,cls = name.split('.')
