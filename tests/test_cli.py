@@ -208,7 +208,9 @@ def test_json_and_several_files(work, here):
                                          'keep exact no-exact'), ('revvit_predict', 'weights model top views crops '
                                              'batch-size workers classes features device json version'),
     ('revvit_test', 'data root on-bad weights model batch-size workers views crops classes device per-class confusion '
-                    'predictions json version'), ('revvit_bench', 'small models depths batch-sizes dtypes rivals '
+                    'predictions json version'),
+    ('revvit_memory', 'batch-size img-size frames classes dtype optimizer step-in-backward keep exact no-exact rewire '
+                      'memory device json'), ('revvit_bench', 'small models depths batch-sizes dtypes rivals '
                                                   'settings memory minutes threads out device json')])
 def test_help(name, flags, capfd):
     with pytest.raises(SystemExit) as e: getattr(cli, name)(['--help'])

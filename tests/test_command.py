@@ -106,7 +106,7 @@ def test_names_of_all_flags(): assert [*flags_of(shrink)] == ['out', 'max_side',
 def test_the_line_that_means_a_call_of_groups():
     assert command_line(shrink, dict(max_side=32, kind='two words', exact=True)) == "shrink --kind 'two words' --exact"
 
-@pytest.mark.parametrize('name', ['revvit_train', 'revvit_predict', 'revvit_test', 'revvit_bench'])
+@pytest.mark.parametrize('name', ['revvit_train', 'revvit_predict', 'revvit_test', 'revvit_memory', 'revvit_bench'])
 def test_version(name, capsys):
     with pytest.raises(SystemExit) as end: getattr(cli, name)(['--version'])
     assert end.value.code == 0 and capsys.readouterr().out == f'revvit {revvit.__version__}\n'

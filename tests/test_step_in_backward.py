@@ -101,6 +101,66 @@ def test_gradients_of_one_block_at_a_time():
         return peak_bytes(step)
     assert peak(12, True)-peak(4, True) < 8*1024 and peak(12, False) > 2*peak(4, False)
 
+def test_weights_without_a_gradient_stay():
+    "Those of a half whose result nobody used, for which the hook is called all the same"
+    half = lambda: torch.nn.Linear(8, 8)
+    seq,moved = revvit.ReversibleSequence([revvit.ReversibleBlock(half(), half())]),[]
+    was = copy.deepcopy(seq.state_dict())
+    opt = torch.optim.AdamW(seq.parameters())
+    step_early(opt, seq.parameters(), lambda p, one: moved.append(p.grad.norm()))
+    x = torch.randn(2, 8)
+    seq(x, x)[0].sum().backward()
+    same = {k for k,v in seq.state_dict().items() if torch.equal(v, was[k])}
+    assert same=={'0.g.weight','0.g.bias'} and len(moved)==2
+
+# ---------------------------------------------------------------- a rewired model
+
+def rewired(depth=3, dim=32):
+    torch.manual_seed(0)
+    return revvit.reversible(timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=dim,
+                                               num_heads=2, depth=depth, num_classes=4))
+
+@pytest.mark.parametrize('optimizer', ['adamw','momentum'])
+def test_a_rewired_model_has_the_bits_of_the_ordinary_step(optimizer):
+    cls,kw = OPTIMIZERS[optimizer]
+    def run(on):
+        m = rewired()
+        opt = cls(m.parameters(), **kw)
+        if on: step_early(opt, m.parameters())
+        for i in range(3):
+            m(torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(i))).square().sum().backward()
+            assert on == all(p.grad is None for p in m.parameters())
+            opt.step()
+            opt.zero_grad()
+        return {n: (p,opt.state[p]) for n,p in m.named_parameters()}
+    equal(run(True), run(False))
+
+@pytest.mark.parametrize('model', ['ours','rewired'])
+def test_gradients_that_live_are_one_blocks(model):
+    "Bytes in gradients whenever a weight steps: never more than a block's, or those of stem and head"
+    m = rewired(8) if model=='rewired' else timm.create_model(TINY['vit'][0], num_classes=4,
+                                                              **dict(TINY['vit'][1], depth=8))
+    seen,live = [],lambda: sum(p.grad.nbytes for p in m.parameters() if p.grad is not None)
+    opt = torch.optim.AdamW(m.parameters())
+    step_early(opt, m.parameters(), lambda p, one: seen.append(live()))
+    m(torch.randn(2, 3, 32, 32)).sum().backward()
+    block = sum(p.nbytes for p in m.blocks[0].parameters())
+    ends = sum(p.nbytes for n,p in m.named_parameters() if not n.startswith('blocks.'))
+    assert len(seen)==len(list(m.parameters())) and max(seen) <= max(block, ends) and not live()
+
+def test_the_peak_of_a_rewired_model_is_flat_in_depth():
+    def peak(depth, on):
+        m,x = rewired(depth, 96),torch.randn(1, 3, 32, 32)
+        opt = torch.optim.AdamW(m.parameters())
+        if on: step_early(opt, m.parameters())
+        def step():
+            m(x).sum().backward()
+            opt.step()
+            opt.zero_grad()
+        step()
+        return peak_bytes(step)
+    assert peak(12, True)-peak(4, True) < 8*1024 and peak(12, False) > 2*peak(4, False)
+
 # ---------------------------------------------------------------- in a learner
 
 early = replace(recipes['digits'], epochs=2, warmup_epochs=.5, batch_size=300, clip=None, step_in_backward=True,

@@ -24,7 +24,7 @@ def saved_bytes(
     "Size of the storages that autograd keeps for the backward after `fn()`"
     boxes = weakref.WeakSet()
     def pack(t):
-        boxes.add(b:=_Saved(t))
+        boxes.add(b:=_Saved(t.detach()))   # a result that holds its own graph would never be released
         return b
     with torch.autograd.graph.saved_tensors_hooks(pack, attrgetter('t')): held = fn()
     gc.collect()

@@ -20,6 +20,7 @@ from .layers import Accumulate, freeze, layer_groups
 from .logs import RunLog, SaveCheckpoint
 from .progress import PlainLog
 from .step_in_backward import StepInBackward
+from .eight_bit import eight_bit_adamw
 
 # %% ../../nbs/training/32_learner.ipynb #a873bed3
 class _AdamW(OptimWrapper):
@@ -100,8 +101,9 @@ def learner(
         cbs.append(Accumulate(r.accumulate))
         cbs[-1].check(dls)
     if r.average: cbs.append(WeightAverage(r.average))
-    adamw = partial(_AdamW, opt=torch.optim.AdamW, convert_groups=False, betas=r.betas, eps=r.eps,
-                    fused=_fused(dls.device))
+    kind = dict(opt=eight_bit_adamw()) if r.optimizer=='adamw_8bit' else dict(opt=torch.optim.AdamW,
+                                                                              fused=_fused(dls.device))
+    adamw = partial(_AdamW, convert_groups=False, betas=r.betas, eps=r.eps, **kind)
     learn = Learner(dls, model, loss_func=MixLoss(eps=r.smoothing), metrics=accuracy, lr=r.lr, cbs=cbs,
                     opt_func=adamw, splitter=partial(layer_groups, lr=r.lr, weight_decay=r.weight_decay,
                                                      layer_decay=r.layer_decay, backbone_lr=r.backbone_lr))

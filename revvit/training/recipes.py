@@ -47,6 +47,7 @@ class Recipe:
     accumulate:int=1 # Batches whose mean gradient makes one step
     pretrained:str|None=None # Published weights that the recipe is meant to start from, by timm's name; None for none
     step_in_backward:bool=False # Step with each gradient as it comes; without `clip`, and with `accumulate` 1
+    optimizer:str='adamw' # 'adamw', or 'adamw_8bit' for averages in 8 bits, where torchao is installed
     def __post_init__(self): _check_recipe(self)
 
 # %% ../../nbs/training/30_recipes.ipynb #d0c7e236
@@ -64,6 +65,8 @@ def _check_recipe(r):
             raise ValueError(f"{k} must be from 0 to below {tops[k]}, got {v!r}")
     if r.layer_decay is not None and not 0<r.layer_decay<=1:
         raise ValueError(f"layer_decay must be above 0 and at most 1, got {r.layer_decay!r}")
+    if r.optimizer not in ('adamw','adamw_8bit'):
+        raise ValueError(f"optimizer must be 'adamw' or 'adamw_8bit', got {r.optimizer!r}")
     if r.step_in_backward and r.clip is not None:
         raise ValueError(f"step_in_backward=True does not go with clip={r.clip:g}, the norm of all gradients at once: "
                          "train without a limit (None, or on the command line 0) and warm up longer")

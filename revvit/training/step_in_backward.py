@@ -21,6 +21,7 @@ def step_early(
     "Let each parameter make its step when its gradient is there"
     params = {id(p) for p in params}
     def now(p, group, one):
+        if p.grad is None: return   # of a half whose result nobody used
         one.state = opt.state   # loading a state makes a new one
         one.param_groups[0].update({k:v for k,v in group.items() if k!='params'})
         if before: before(p, one)
@@ -28,6 +29,7 @@ def step_early(
         p.grad = None
     def alone(group, p):
         one = copy.copy(opt)
+        vars(one).update(vars(opt))   # what an optimizer leaves out of its copies
         one.param_groups = [{**group, 'params':[p]}]
         return p.register_post_accumulate_grad_hook(partial(now, group=group, one=one))
     return [alone(g, p) for g in opt.param_groups for p in g['params'] if id(p) in params and p.requires_grad]

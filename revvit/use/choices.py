@@ -69,6 +69,7 @@ def changed_recipe(
     backbone_lr:float|None=None,
     clip:float|None=None, # 0 for no limit
     step_in_backward:bool=False,
+    optimizer:str|None=None,
     **kwargs, # For `Recipe.changed`: `epochs`, `batch_size`, `lr`, `accumulate`
 )->Recipe: # None leaves the recipe's
     "The recipe with single settings changed"
@@ -76,7 +77,7 @@ def changed_recipe(
     if model is not None: r = _other_model(r, model)
     if img_size is not None or frames is not None: r = _other_size(r, img_size, frames)
     single = dict(average=average, freeze=freeze, layer_decay=layer_decay, backbone_lr=backbone_lr,
-                  step_in_backward=step_in_backward or None)
+                  step_in_backward=step_in_backward or None, optimizer=optimizer)
     if clip is not None: single['clip'],r = clip or None,replace(r, clip=None)
     return replace(r, **{k: v for k,v in single.items() if v is not None})
 

@@ -53,7 +53,7 @@ class _Parser(argparse.ArgumentParser):
 def _add_flag(p, k, v):
     "The flag for the parameter `k`, to a parser or a group of it"
     flag,doc = '--'+k.replace('_','-'),v.docment.replace('%','%%')
-    if v.anno is list: p.add_argument(k, nargs='+', metavar='FILE', help=doc)
+    if v.anno is list: p.add_argument(k, nargs='+', metavar=k.removesuffix('s').upper(), help=doc)
     elif v.anno is bool: p.add_argument(flag, action='store_true', help=doc)
     elif bool in get_args(v.anno): p.add_argument(flag, action=argparse.BooleanOptionalAction, help=doc)
     else:

@@ -62,7 +62,7 @@ def _recipe(flags):
         flags.new_head = True
         if flags.model is None: r = fit_to_weights(r, flags.weights)
     names = ('epochs batch_size lr accumulate model img_size frames average freeze layer_decay backbone_lr clip '
-             'step_in_backward').split()
+             'step_in_backward optimizer').split()
     r = changed_recipe(r, **{k: getattr(flags, k) for k in names})
     if threads := flags.threads or r.threads: torch.set_num_threads(threads)
     return r
@@ -233,6 +233,7 @@ class TrainingFlags(FlagGroup):
         # Let each weight make its step as soon as its gradient is there, which is then let go: less memory, the same
         # weights; goes without --clip and --accumulate; by default as the recipe says
         step_in_backward:bool=False,
+        optimizer:str|None=None, # adamw, or adamw_8bit with a quarter of its averages' memory; by default the recipe's
         # Decay per step of averaged weights to measure and save, such as 0.9999; by default none
         average:float|None=None,
         seed:int=0, # Of the starting weights, the order of the images, augmentation, mixup and drop path
