@@ -135,9 +135,11 @@ def test_nothing_of_the_callers_changes():
     assert torch.equal(state, torch.get_rng_state()) and m.blocks.reversible
 
 def test_a_name_and_its_module_need_the_same():
-    name,m = 'vit_tiny_patch16_224',timm.create_model('vit_tiny_patch16_224', img_size=64)
-    assert revvit.memory(name, 4, img_size=64).ways==revvit.memory(m, 4).ways
-    assert revvit.memory(name, 4, img_size=64, rewire=True).ways==revvit.memory(revvit.reversible(m), 4).ways
+    def totals(*args, **kw): return {k: v.total for k,v in revvit.memory(*args, **kw).ways.items()}
+    m,args = timm.create_model('vit_tiny_patch16_224', img_size=64, depth=2),dict(img_size=64, model_args=dict(depth=2))
+    name = 'vit_tiny_patch16_224'
+    assert totals(m, 4) == pytest.approx(totals(name, 4, **args), rel=1e-4)
+    assert totals(revvit.reversible(m), 4) == pytest.approx(totals(name, 4, rewire=True, **args), rel=1e-4)
 
 def test_rules_of_a_gpu():
     "Parts as large as half a gigabyte, and memory in pieces of 512 bytes"
@@ -167,13 +169,14 @@ def test_the_states_of_an_8_bit_optimizer():
 
 def test_the_command_says_what_the_function_says(capsys):
     line = ('revmvit_tiny_16x4_224 --batch-size 3 --img-size 32 --frames 4 --classes 5 --dtype bfloat16 --optimizer '
-            'momentum --step-in-backward --keep .2 --exact --memory 1GB --device cuda --json')
+            'momentum --step-in-backward --keep .2 --exact --memory 50MB --device cuda --json')
     assert cli.revvit_memory(line.split())==0
     (found,) = json.loads(capsys.readouterr().out)
-    want = revvit.memory('revmvit_tiny_16x4_224', 3, 32, 4, None, 'bfloat16', 'momentum', .2, True, True, memory=1e9,
+    want = revvit.memory('revmvit_tiny_16x4_224', 3, 32, 4, None, 'bfloat16', 'momentum', .2, True, True, memory=50e6,
                          device='cuda', classes=5)
-    assert found==json.loads(json.dumps(want.to_dict()))
-    assert found['ways']['reversible']['total']==want.ways['reversible'].total
+    for k,v in want.to_dict()['ways'].items():   # up to what is computed once in a process
+        assert found['ways'][k] == pytest.approx(v, rel=.01, abs=1000)
+    assert found['said']==want.said and found['memory']==50e6
 
 def test_the_command_rewires(capsys):
     line = 'vit_tiny_patch16_224 deit_tiny_patch16_224 --rewire --no-exact --img-size 64 --device cpu'
@@ -196,7 +199,7 @@ def test_the_command_rewires(capsys):
     ('revvit_tiny_patch16_224 --optimizer none --step-in-backward', '--step-in-backward needs an optimizer'),
     ('revvit_tiny_patch16_224 --device tpu', "--device must be of cpu, cuda, got 'tpu'"),
     ('revvit_tiny_patch16_224 --rewire', 'reversible already'), ('resnet18 --rewire', 'nothing to rewire'),
-    ('resnet18 --img-size 64', 'resnet18 takes no img_size'), ('', 'required: models')], ids=str)
+    ('resnet18 --img-size 64', 'resnet18 takes no img_size'), ('', 'required: MODEL')], ids=str)
 def test_what_the_command_refuses(line, said, capsys):
     code,(out,err) = cli.revvit_memory(line.split()),capsys.readouterr()
     assert (code, out) == (2, '') and err.count('\n')==1 and said in err, err

@@ -80,7 +80,7 @@ def read_recipe(
         raise ValueError(f"{path}: a recipe has no {wrong[0]!r}; it has {', '.join(known)}")
     if lacks := [k for k,o in known.items() if o.default is MISSING and k not in said]:
         raise ValueError(f"{path}: the recipe lacks {', '.join(lacks)}")
-    words = 'data','model','freeze','pretrained'
+    words = 'data','model','freeze','pretrained','optimizer'
     said = {k: float(v) if isinstance(v, str) and k not in words else _tuples(v) for k,v in said.items()}   # YAML: 1e-3
     try: return Recipe(**said)
     except (TypeError, ValueError) as e: raise ValueError(f"{path}: {e}") from e
