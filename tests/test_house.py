@@ -115,14 +115,13 @@ def test_exported_cells_are_short(path):
             and sum(bool(l.strip()) for l in src.splitlines()) > 41]
     assert not long, f'more than 40 lines: {long}'
 
-def test_site_can_be_prepared(tmp_path):
+def test_site_can_be_prepared(tmp_path, warm):
     """For the site nbdev runs the exported cells and every cell with an import, nothing else: such a cell has to work
     without the others"""
     shutil.copytree(root/'nbs', tmp_path/'nbs')
     shutil.copy(root/'settings.ini', tmp_path)
-    run = subprocess.run([sys.executable, '-c', 'from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)'],
-                         cwd=tmp_path,
-                         env={**os.environ, 'PYTHONPATH': str(root)}, capture_output=True, text=True)
+    run = warm.run(['-c', 'from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)'], tmp_path,
+                   {**os.environ, 'PYTHONPATH': str(root)})
     assert run.returncode == 0, run.stderr[-2000:]
 
 @pytest.mark.parametrize('path', modules, ids=name)
