@@ -83,7 +83,7 @@ SMALL = [('revvit_tiny_patch16_224', dict(img_size=64)), ('revmvit_tiny_224', di
     ('revmvit_tiny_16x4_224', dict(img_size=64, frames=4)), ('vit_tiny_patch16_224', dict(rewire=True, img_size=64)),
     ('eva02_tiny_patch14_224', REWIRED), ('vit_small_patch14_reg4_dinov2', REWIRED)]
 
-@pytest.mark.parametrize('b', [1,4,9])
+@pytest.mark.parametrize('b', [2,9])
 @pytest.mark.parametrize('name,settings', SMALL, ids=[o for o,_ in SMALL])
 def test_what_is_predicted_is_measured(name, settings, b):
     assert .95 < float(tool.row((name,b,'reversible',settings))['ratio']) < 1.05
