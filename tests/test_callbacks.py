@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np, pytest, torch
-from fastai.vision.all import (AvgSmoothLoss, Callback, CSVLogger, Learner, MixedPrecision, OptimWrapper, accuracy,
-                               set_seed)
+from fastai.vision.all import (AvgSmoothLoss, Callback, CSVLogger, DataLoader, DataLoaders, Learner, MixedPrecision,
+                               OptimWrapper, accuracy, set_seed)
 from torch import nn
 from torch.testing import assert_close
 from revvit.core.memory import saved_bytes
@@ -267,8 +267,8 @@ def test_an_hour_reads_as_a_report(monkeypatch, epochs, each):
     least every half minute, the last epoch without time left"""
     tick,model = Tick(each),nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
     monkeypatch.setattr(progress, 'perf_counter', lambda: tick.now)
-    learn = Learner(digits_dls(bs=479, device='cpu'), model, loss_func=MixLoss(), metrics=accuracy,
-                    cbs=[PlainLog(), tick])
+    loader = DataLoader([(torch.rand(1, 16, 16), i) for i in range(6)], bs=2)   # three steps
+    learn = Learner(DataLoaders(loader, loader), model, loss_func=MixLoss(), metrics=accuracy, cbs=[PlainLog(), tick])
     with redirect_stdout(io.StringIO()) as said: learn.fit(epochs, 1e-3)
     text,lines = said.getvalue(),said.getvalue().splitlines()
     assert tick.now == 3600 and 10_000 < len(text.encode()) < 100_000 and max(map(len, lines)) <= 200
