@@ -79,18 +79,59 @@ def test_images_that_were_left_out_do_not_count(tmp_path):
 @pytest.mark.parametrize('masks', [True,False])
 def test_nothing_found(masks, tmp_path):
     data = read_coco(written(tmp_path, things(CAT)), tmp_path)
-    got = measured(data, found(masks=masks))
-    assert got['boxes']['ap'] == 0 and got['boxes']['classes'] == dict(cat=0., dog=0.)
+    got = average_precision(coco_results(found(), 0, data), data, masks)
+    assert list(got) == ['boxes','masks'][:1+masks]
+    for kind in ('boxes','masks')[:1+masks]:
+        assert got[kind]['ap'] == 0 and got[kind]['classes'] == dict(cat=0., dog=None) and got[kind]['medium'] is None
 
 def test_boxes_alone(tmp_path):
     got = measured(read_coco(written(tmp_path, things(CAT)), tmp_path), found((1,10,10,.9), masks=False))
     assert list(got) == ['boxes'] and got['boxes']['ap'] == pytest.approx(1)
 
+def changed(**more): return [{**o, **more} for o in things(CAT)]
+def without(*keys): return [{k:v for k,v in o.items() if k not in keys} for o in things(CAT)]
+AS_IT_STANDS = dict(
+    id_0=changed(id=0), id_a_word=changed(id='a7'), no_area=without('area'), no_iscrowd=without('iscrowd'),
+    over_the_edge=changed(bbox=[-30,10,60,20], segmentation=[[0,10,30,10,30,30,0,30]]),
+    box_outside=[*things(CAT), dict(things((0,4,200,200))[0], id=5)],
+    crowd_without_outline=[*things(CAT), dict(things((0,4,60,50))[0], id=5, iscrowd=1, segmentation=[])])
+
+@pytest.mark.filterwarnings('ignore:.*have no area|.*has no area')
+@pytest.mark.parametrize('name', AS_IT_STANDS)
+def test_what_reading_put_right_is_what_is_measured(name, tmp_path):
+    data = read_coco(written(tmp_path, AS_IT_STANDS[name]), tmp_path)
+    f = found((1,10,10,.9))
+    if name=='over_the_edge':
+        f['boxes'] = torch.tensor([[0.,10.,30.,30.]])
+        f['masks'][0,0,10:30,:30] = .9
+    got = measured(data, f)
+    assert got['boxes']['classes']['cat'] == pytest.approx(1) and got['masks']['classes']['cat'] == pytest.approx(1)
+
+def test_boxes_alone_in_the_file(tmp_path):
+    "A detector that gives masks is measured by its boxes"
+    data = read_coco(written(tmp_path, without('segmentation')), tmp_path)
+    assert list(measured(data, found((1,10,10,.9)))) == ['boxes']
+
+def test_by_masks_a_size_is_that_of_the_mask(tmp_path):
+    "A thin thing in a large box is small; the surer false one is large by its box"
+    thin = dict(things(CAT)[0], bbox=[0,0,100,80], area=100, segmentation=[[0,0,100,0,100,1,0,1]])
+    f = found((1,10,10,.9),(1,10,10,.95))
+    f['boxes'],f['masks'] = torch.tensor([[0.,0.,100.,80.],[0.,0.,99.,79.]]),torch.zeros(2, 1, 80, 100)
+    f['masks'][0,0,:1],f['masks'][1,0,70:71] = .9,.9
+    got = measured(read_coco(written(tmp_path, [thin]), tmp_path), f)
+    assert got['masks']['small'] == pytest.approx(.5)
+
 @pytest.mark.parametrize('training', [True,False])
 def test_a_detector_is_left_as_it_was(training, tmp_path):
     class Blind(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.frozen = nn.Linear(1, 1)
         def forward(self, images):
             assert not self.training and not torch.is_grad_enabled()
             return [found() for _ in images]
-    model,data = Blind().train(training),read_coco(written(tmp_path, things(CAT)), tmp_path)
-    assert detections(model, EpochDL(CocoImages(data), 2, create_batch=as_lists)) == [] and model.training == training
+    model = Blind().train(training)
+    model.frozen.eval()
+    data = read_coco(written(tmp_path, things(CAT)), tmp_path)
+    assert detections(model, EpochDL(CocoImages(data), 2, create_batch=as_lists)) == []
+    assert model.training == training and not model.frozen.training

@@ -79,7 +79,12 @@ def _leave_to_others(x, before):
     if kept: x.data = x.data.clone()
     return kept
 
-def half_forward(call, src, dst, exact):
+def half_forward(
+    call:Call, # Of F or G
+    src:torch.Tensor, # The stream that it reads
+    dst:torch.Tensor, # The stream that it is added to; changed
+    exact:bool, # Whether what is added goes to the grid of the exact mode
+):
     "`dst += m(src)` in place, a part at a time"
     before = storage_users(src)
     for rows,o in call.each(src): add_(dst, rows, o, 1, exact)
@@ -98,16 +103,30 @@ def _own_memory(g, taken):
     taken.add(g.untyped_storage().data_ptr())
     return g
 
-def accumulate(acc, new, taken):
-    "Add the gradients `new` to the list `acc`, in place after the first; without `taken` each has memory of its own"
+def accumulate(
+    acc:list, # Sums so far, or None; changed
+    new:list, # Gradients of another part, or None
+    taken:set|None, # Memory that must not be added to in place; None where each gradient has its own
+):
+    "Add gradients up, in place after the first"
     for i,g in enumerate(new):
         if g is None or g is acc[i]: continue
         dense = g.layout==torch.strided
         if acc[i] is None: acc[i] = _own_memory(g, taken) if dense and taken is not None else g
         else: acc[i] = acc[i].add_(g) if dense else acc[i]+g
 
-def half_backward(call, src, dst, dsrc, ddst, needs, exact, used=True, rebuild=True):
-    "Undo `dst += m(src)` and add the gradient of `src` to `dsrc`; the parameters' gradients, and whether `src` has one"
+def half_backward(
+    call:Call, # Of F or G, as for `half_forward`
+    src:torch.Tensor, # The stream that it reads
+    dst:torch.Tensor, # The stream that it was added to; changed
+    dsrc:torch.Tensor, # Gradient of `src`; changed
+    ddst:torch.Tensor, # Gradient of `dst`
+    needs:tuple, # For each of the call's parameters, whether its gradient is wanted
+    exact:bool, # As forwards
+    used:bool=True, # Whether any gradient comes; without one the half is only rebuilt
+    rebuild:bool=True, # Whether to take off what was added; not where `dst` was kept
+)->tuple: # Gradients of the parameters, and whether `src` has one
+    "Undo `dst += m(src)`, with gradients"
     call.prepare(needs)
     fed,acc,before = False,[None]*len(needs),storage_users(src)
     taken = None if isinstance(call, _Fused) else {o.untyped_storage().data_ptr() for o in (ddst,dsrc)}

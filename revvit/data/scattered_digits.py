@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['side', 'scattered', 'scattered_digits', 'scattered_digits_dls']
 
-# %% ../../nbs/data/27_scattered_digits.ipynb #2af8212a
+# %% ../../nbs/data/27_scattered_digits.ipynb #44b28feb
 import json, os, tempfile
 from pathlib import Path
 import numpy as np
@@ -15,7 +15,7 @@ from PIL import Image
 from .coco import coco_dls, scene_tfm
 from .digits import digits, hold_out
 
-# %% ../../nbs/data/27_scattered_digits.ipynb #e5825263
+# %% ../../nbs/data/27_scattered_digits.ipynb #bafd7250
 side = 96   # pixels of the canvas
 
 def _free(box, taken):
@@ -46,7 +46,7 @@ def scattered(
         found.append((int(labels[k]),mask))
     return canvas.astype(np.uint8),found
 
-# %% ../../nbs/data/27_scattered_digits.ipynb #6a7038d5
+# %% ../../nbs/data/27_scattered_digits.ipynb #a727b916
 def _entry(i, image, label, mask):
     "Annotation of a digit"
     ys,xs = mask.any(1).nonzero()[0],mask.any(0).nonzero()[0]
@@ -56,8 +56,8 @@ def _entry(i, image, label, mask):
     return dict(id=i, image_id=image, category_id=label+1, bbox=[x,y,w,h], area=int(mask.sum()), iscrowd=0,
                 segmentation=dict(size=list(mask.shape), counts=runs))
 
-# %% ../../nbs/data/27_scattered_digits.ipynb #73639b74
-_parts = dict(train=1000, val=200)
+# %% ../../nbs/data/27_scattered_digits.ipynb #6a424fc3
+_parts,_VERSION = dict(train=1000, val=200),'1'   # another version draws others
 
 def _write(folder, part, images, labels, rng):
     "Canvases of one part, and what is on them"
@@ -73,8 +73,9 @@ def _write(folder, part, images, labels, rng):
     (folder/f'instances_{part}.json').write_text(json.dumps(content))
 
 def _is_scattered(folder):
-    "Are the scattered digits in `folder`?"
-    return all((folder/f'instances_{o}.json').is_file() and (folder/o).is_dir() for o in _parts)
+    "Are these scattered digits in `folder`?"
+    file = folder/'scattered_digits.txt'
+    return file.is_file() and file.read_text()==_VERSION
 
 def scattered_digits(
     folder:str|Path|None=None, # Where the data are or shall be; None for revvit/scattered_digits in the user's cache
@@ -90,12 +91,13 @@ def scattered_digits(
     with tempfile.TemporaryDirectory(prefix='.scattered', dir=folder.parent, ignore_cleanup_errors=True) as new:
         new = Path(new)/'new'
         for part,idxs in zip(_parts, hold_out(labels, 36)): _write(new, part, images[idxs], labels[idxs], rng)
+        (new/'scattered_digits.txt').write_text(_VERSION)
         try: os.replace(new, folder)
         except OSError:
             if not _is_scattered(folder): raise   # else another process was quicker
     return folder
 
-# %% ../../nbs/data/27_scattered_digits.ipynb #484414b5
+# %% ../../nbs/data/27_scattered_digits.ipynb #3e11090a
 @delegates(coco_dls, but=['path'])
 def scattered_digits_dls(
     bs:int=8, # Canvases a training batch in this process

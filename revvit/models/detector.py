@@ -6,19 +6,21 @@
 __all__ = ['last_of_each_stride', 'FeatureMaps', 'SimplePyramid', 'PyramidBackbone', 'ReversibleFasterRCNN', 'ReversibleMaskRCNN',
            'detector']
 
-# %% ../../nbs/models/19b_detector.ipynb #9c5efd85
-import math
+# %% ../../nbs/models/19b_detector.ipynb #de456a43
+import inspect, math
 from collections import OrderedDict
-import timm
+import timm, torch
 from torch import nn
 from timm.layers import LayerNorm2d
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.poolers import initLevelMapper
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-# %% ../../nbs/models/19b_detector.ipynb #a22fb354
+# %% ../../nbs/models/19b_detector.ipynb #5bbacb4f
 def last_of_each_stride(
     model:nn.Module, # With timm's `feature_info`
 )->dict: # Stride in pixels: index of the map
@@ -28,8 +30,7 @@ def last_of_each_stride(
                          "lacks them")
     found = {o['reduction']:i for i,o in enumerate(model.feature_info)}
     bad = [o for o in found if o!=2**int(math.log2(o))]
-    if bad: raise ValueError(f"torchvision's heads want strides that are powers of two: {type(model).__name__} has "
-                             f"{bad[0]}")
+    if bad: raise ValueError(f"a pyramid wants strides that are powers of two: {type(model).__name__} has {bad[0]}")
     return found
 
 class FeatureMaps(nn.Module):
@@ -48,7 +49,7 @@ class FeatureMaps(nn.Module):
         maps = self.model.forward_intermediates(x, indices=self.indices, intermediates_only=True, output_fmt='NCHW')
         return [norm(o) for norm,o in zip(self.norms, maps)]
 
-# %% ../../nbs/models/19b_detector.ipynb #2805d5fc
+# %% ../../nbs/models/19b_detector.ipynb #ce5781ac
 def _finer(width, times):
     "Layers that make a map `2**times` as large, half as wide each time; smaller if `times` is below 0"
     if times<=0: return [nn.MaxPool2d(2) for _ in range(-times)],width
@@ -80,7 +81,7 @@ class SimplePyramid(nn.Module):
         outs,names = self.extra(outs, [x], [str(i) for i in range(len(outs))])
         return OrderedDict(zip(names, outs))
 
-# %% ../../nbs/models/19b_detector.ipynb #4b9c8b3a
+# %% ../../nbs/models/19b_detector.ipynb #af22134e
 class PyramidBackbone(nn.Module):
     "Feature maps of a network, and a pyramid"
     def __init__(self,
@@ -100,7 +101,31 @@ class PyramidBackbone(nn.Module):
 
     def forward(self, x): return self.pyramid(OrderedDict((str(i),o) for i,o in enumerate(self.maps(x))))
 
-# %% ../../nbs/models/19b_detector.ipynb #035cf422
+# %% ../../nbs/models/19b_detector.ipynb #5efa1fa6
+def _pool(strides, size):
+    "RoI align on all maps but the coarsest, whose strides are known"
+    pool = MultiScaleRoIAlign([str(i) for i in range(len(strides)-1)], size, 2)
+    pool.scales = [1/s for s in strides[:-1]]
+    pool.map_levels = initLevelMapper(*(int(math.log2(s)) for s in (strides[0],strides[-2])))
+    return pool
+
+def _check_backbone(model):
+    "Refuse a network that no detector can use"
+    name = type(model).__name__
+    if not hasattr(model, 'set_reversible'):
+        raise ValueError(f"{name} is not reversible: give it to revvit.reversible first")
+    if getattr(model, 'num_frames', None): raise ValueError(f"{name} takes clips, a detector wants a model of images")
+
+def _check_size(maps):
+    "Refuse a network that takes images of one size"
+    p,side = next(maps.parameters()),2*max(maps.strides)
+    try:
+        with torch.no_grad(): maps(p.new_zeros(1, 3, side, 2*side))
+    except (AssertionError,RuntimeError,ValueError) as e:
+        raise ValueError(f"{type(maps.model).__name__} does not take images of any size ({e}): create it with "
+                         "dynamic_img_size=True, or where there is none with strict_img_size=False") from None
+
+# %% ../../nbs/models/19b_detector.ipynb #e2d44e1f
 class _Switched:
     "A detector whose backbone can rebuild or store activations"
     def set_reversible(self,
@@ -117,9 +142,12 @@ class ReversibleFasterRCNN(_Switched, FasterRCNN):
 class ReversibleMaskRCNN(_Switched, MaskRCNN):
     "torchvision's Mask R-CNN, its backbone reversible"
 
-# %% ../../nbs/models/19b_detector.ipynb #ca36b91c
-def _pool(strides, size): return MultiScaleRoIAlign([str(i) for i in range(len(strides)-1)], size, 2)
+def _check_names(cls, given):
+    "Refuse arguments that torchvision's class does not have"
+    known = {'_skip_resize'}.union(*(inspect.signature(o).parameters for o in (cls,GeneralizedRCNNTransform)))
+    if bad := sorted(set(given)-known): raise TypeError(f"torchvision's {cls.__name__} has no argument '{bad[0]}'")
 
+# %% ../../nbs/models/19b_detector.ipynb #17e73383
 def detector(
     backbone:nn.Module|str, # A registered or rewired model, or the name of a registered one
     num_classes:int, # Categories, the background not counted; their labels are 1 to `num_classes`
@@ -131,13 +159,18 @@ def detector(
 )->FasterRCNN:
     "Mask R-CNN or Faster R-CNN on the feature maps of a reversible network"
     if num_classes<1: raise ValueError(f"num_classes must be 1 or more, got {num_classes}")
+    cls = ReversibleMaskRCNN if masks else ReversibleFasterRCNN
+    _check_names(MaskRCNN if masks else FasterRCNN, kwargs)
     model = timm.create_model(backbone, pretrained, num_classes=0) if isinstance(backbone, str) else backbone
-    if not hasattr(model, 'set_reversible'):
-        raise ValueError(f"{type(model).__name__} is not reversible: give it to revvit.reversible first")
+    _check_backbone(model)
     cfg,body = getattr(model, 'pretrained_cfg', None) or {},PyramidBackbone(model, out_channels)
+    _check_size(body.maps)
     sizes = tuple((round(anchor_scale*s),) for s in body.strides)
     args = dict(image_mean=list(cfg.get('mean', IMAGENET_DEFAULT_MEAN)),
         image_std=list(cfg.get('std', IMAGENET_DEFAULT_STD)), size_divisible=max(body.strides),
         rpn_anchor_generator=AnchorGenerator(sizes, ((.5,1.,2.),)*len(sizes)), box_roi_pool=_pool(body.strides, 7))
     if masks: args['mask_roi_pool'] = _pool(body.strides, 14)
-    return (ReversibleMaskRCNN if masks else ReversibleFasterRCNN)(body, num_classes+1, **{**args, **kwargs})
+    own = {k: kwargs.pop(k) for k in ('box_predictor','mask_predictor') if kwargs.get(k) is not None}
+    net = cls(body, num_classes+1, **{**args, **kwargs})
+    for k,v in own.items(): setattr(net.roi_heads, k, v)   # torchvision takes them instead of a number of classes
+    return net

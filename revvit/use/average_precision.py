@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['coco_results', 'average_precision', 'detections']
 
-# %% ../../nbs/use/41a_average_precision.ipynb #351b8454
+# %% ../../nbs/use/41a_average_precision.ipynb #e2071e25
 import contextlib, io
 import numpy as np, torch
 from tqdm import tqdm
-from ..data.coco import CocoData, coco_tools
+from ..data.coco import CocoData, coco_tools, mask_of
 
-# %% ../../nbs/use/41a_average_precision.ipynb #1dae5b46
+# %% ../../nbs/use/41a_average_precision.ipynb #9fc212bf
 def coco_results(
     found:dict, # Of one image: `boxes`, `labels`, `scores`, and perhaps `masks`, probabilities (n, 1, H, W)
     i:int, # Index of the image in `data`
@@ -27,46 +27,73 @@ def coco_results(
         for o,m in zip(out, coco_tools('mask').encode(np.asfortranarray(drawn)) if out else ()): o['segmentation'] = m
     return out
 
-# %% ../../nbs/use/41a_average_precision.ipynb #ec7bad24
+# %% ../../nbs/use/41a_average_precision.ipynb #4ade5678
+def _outline(a, masks):
+    "What pycocotools shall know of a segmentation"
+    x0,y0,x1,y1 = a['box']
+    return dict(segmentation=a.get('segmentation') or [[x0, y0, x1, y0, x1, y1, x0, y1]]) if masks else {}
+
+def _truth(data, masks):
+    "What is there, as pycocotools wants it"
+    things = [(a,im) for o,im in zip(data.things, data.images) for a in o]
+    things += [(a,im) for o,im in zip(data.crowds, data.images) for a in o]
+    entries = []
+    for k,(a,im) in enumerate(things, 1):
+        x0,y0,x1,y1 = a['box']
+        size,box = (im['height'],im['width']),[x0, y0, x1-x0, y1-y0]
+        area = a.get('area') or (mask_of(a, size).sum().item() if masks and a.get('segmentation') else box[2]*box[3])
+        entries.append(dict(id=k, image_id=im['id'], category_id=a['category_id'], bbox=box, area=area,
+                            iscrowd=int(bool(a.get('iscrowd'))), **_outline(a, masks)))
+    return _indexed(dict(images=data.images, annotations=entries, categories=[dict(id=i) for i in data.ids]))
+
+def _indexed(dataset):
+    "A dataset of pycocotools'"
+    with contextlib.redirect_stdout(io.StringIO()):   # it prints its progress
+        out = coco_tools('coco').COCO()
+        out.dataset = dataset
+        out.createIndex()
+    return out
+
+# %% ../../nbs/use/41a_average_precision.ipynb #42152067
 _NAMES = 'ap','ap50','ap75','small','medium','large'
 
-def _measured(gt, results, kind, data):
+def _measured(truth, results, kind, data):
     "COCO's numbers for one kind of outline, and AP of each category"
-    tools = coco_tools('cocoeval')
-    with contextlib.redirect_stdout(io.StringIO()):   # it prints its progress
-        e = tools.COCOeval(gt, gt.loadRes([dict(o) for o in results]), kind)
-        e.params.imgIds = [o['id'] for o in data.images]
+    if kind=='segm': results = [{k:v for k,v in o.items() if k!='bbox'} for o in results]
+    with contextlib.redirect_stdout(io.StringIO()):
+        given = truth.loadRes([dict(o) for o in results]) if results else _indexed({**truth.dataset, 'annotations': []})
+        e = coco_tools('cocoeval').COCOeval(truth, given, kind)
         e.evaluate(); e.accumulate(); e.summarize()
     each = e.eval['precision'][:,:,:,0,-1]   # thresholds, recalls, categories
-    at = {c:k for k,c in enumerate(e.params.catIds)}
-    means = {n: each[:,:,at[c]] for n,c in zip(data.vocab, data.ids)}
+    means = {n: each[:,:,e.params.catIds.index(c)] for n,c in zip(data.vocab, data.ids)}
     classes = {n: float(p[p>-1].mean()) if (p>-1).any() else None for n,p in means.items()}
     return dict(zip(_NAMES, (float(o) if o>=0 else None for o in e.stats[:6])), classes=classes)
 
 def average_precision(
     results:list, # Entries as from `coco_results`
     data:CocoData, # What is there
+    masks:bool=True, # Measure masks too, where each thing and each detection has one
 )->dict: # 'boxes' and perhaps 'masks', each with `ap`, `ap50`, `ap75`, AP by size and, under `classes`, by category
     "COCO's average precision"
-    none = dict.fromkeys(_NAMES, 0.)|dict(classes=dict.fromkeys(data.vocab, 0.))
-    if not results: return dict(boxes=none)
-    with contextlib.redirect_stdout(io.StringIO()): gt = coco_tools('coco').COCO(str(data.file))
-    out = dict(boxes=_measured(gt, results, 'bbox', data))
-    if all('segmentation' in o for o in results): out['masks'] = _measured(gt, results, 'segm', data)
-    return out
+    masks &= all(a.get('segmentation') for o in data.things for a in o) and all('segmentation' in o for o in results)
+    truth = _truth(data, masks)
+    out = dict(boxes=_measured(truth, results, 'bbox', data))
+    return {**out, 'masks': _measured(truth, results, 'segm', data)} if masks else out
 
-# %% ../../nbs/use/41a_average_precision.ipynb #a0cae70b
+# %% ../../nbs/use/41a_average_precision.ipynb #da51f317
 def detections(
     model, # In evaluation mode it gives a dictionary for each image
     dl, # Of `coco_dls`
     progress:bool|None=None, # Show a bar on the error stream; None for on a terminal
 )->list: # Entries as from `coco_results`
     "What a detector finds in all images of a loader"
-    training,out = model.training,[]
+    if dl.world>1: raise ValueError("detections are not gathered from several processes: give a loader with world=1")
+    modes,out = [(o,o.training) for o in model.modules()],[]
     try:
         model.eval()
         for images,there in tqdm(dl, unit='batch', leave=False, disable=None if progress is None else not progress):
             with torch.no_grad(): found = model(images)
-            for f,t in zip(found, there): out += coco_results(f, t['image_id'], dl.dataset.data)
-    finally: model.train(training)
+            for f,t in zip(found, there): out += coco_results(f, t['index'], dl.dataset.data)
+    finally:
+        for o,was in modes: o.training = was
     return out
