@@ -59,12 +59,12 @@ FAULTS = dict(
     height_negative=(lambda c: c['images'][1].update(height=-3), 'image 1 is -3 by 32 pixels'),
     name_a_number=(lambda c: c['images'][1].update(file_name=5), 'image 1 has the file_name 5, wanted a file in'),
     name_outside=(lambda c: c['images'][1].update(file_name='../val/1.png'), 'wanted a file in'),
-    ids_mixed=(lambda c: c['categories'][0].update(id='8'), "annotation 1 has category 8|ids of 'categories' are partly"),
+    ids_of_two_kinds=(lambda c: c['images'][5].update(id='5'), "ids of 'images' are partly numbers and partly words"),
     id_a_list=(lambda c: first(c).update(image_id=[1]), r"entry 0 of 'annotations' has the image_id \[1\], wanted"),
     size_none=(lambda c: first(c).update(segmentation=dict(size=None, counts=[H*W])), 'run-length code is for None'),
     text_that_is_none=(lambda c: first(c).update(segmentation=dict(size=[H,W], counts='oops!!')), 'do not make a mask'),
     one_name_twice=(lambda c: c['categories'][0].update(name='early'), 'two categories have one name'),
-    another_size=(lambda c: c['images'][1].update(height=99), f'1.png is {H}x{W} pixels, and image 1 is said to be 99x'),
+    another_size=(lambda c: c['images'][1].update(height=99), f'1.png is {H}x{W} pixels, and image 1 is said to'),
     twice=(lambda c: c['annotations'][1].update(id=0), "two entries of 'annotations' have the id 0"),
     one_file_twice=(lambda c: c['images'][1].update(file_name='0.png'), 'two images have one file_name'),
     no_categories=(lambda c: c['categories'].clear(), 'has no categories'),
@@ -156,7 +156,7 @@ def test_a_photograph_that_its_tag_turns(said, ok, folder):
     file = written(folder, change)
     if ok: assert CocoImages(read_coco(file, folder/'train'))[1][0].shape == (3,W,H)
     else:
-        with pytest.raises(CocoError, match='1.png is 32x24 pixels, which the EXIF tag turns, and image 1 is said to be'):
+        with pytest.raises(CocoError, match='1.png is 32x24 pixels, which the EXIF tag turns, and image 1 is said'):
             read_coco(file, folder/'train')
 
 @pytest.mark.parametrize('mode', ['L','RGBA','P'])

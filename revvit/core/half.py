@@ -115,6 +115,7 @@ def accumulate(
         if acc[i] is None: acc[i] = _own_memory(g, taken) if dense and taken is not None else g
         else: acc[i] = acc[i].add_(g) if dense else acc[i]+g
 
+# %% ../../nbs/core/04a_half.ipynb #b7d2e9a1
 def half_backward(
     call:Call, # Of F or G, as for `half_forward`
     src:torch.Tensor, # The stream that it reads

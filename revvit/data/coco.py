@@ -6,7 +6,7 @@
 __all__ = ['CocoError', 'coco_tools', 'CocoData', 'cut_box', 'read_coco', 'mask_of', 'CocoImages', 'FitBoxes', 'scene_tfm',
            'as_lists', 'coco_files', 'coco_dls', 'draw_scene']
 
-# %% ../../nbs/data/26_coco.ipynb #795c7cf9
+# %% ../../nbs/data/26_coco.ipynb #7fa382b6
 import json, math, os, warnings
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -24,7 +24,7 @@ from .from_files import and_more, naming_file, readable
 from .images import open_image
 from .loader import EpochDL
 
-# %% ../../nbs/data/26_coco.ipynb #a69650ce
+# %% ../../nbs/data/26_coco.ipynb #da7a5185
 class CocoError(ValueError):
     "Something in a file of COCO's format that makes no sense: a sentence that begins with its path"
 
@@ -50,13 +50,14 @@ def _by_id(content, part, file, wanted):
         lacks = [w for w in ('id', *wanted) if w not in o]
         _ask(not lacks, file, f"entry {k} of '{part}' lacks '{lacks[0] if lacks else ''}'")
         bad = [w for w in o if (w=='id' or w.endswith('_id')) and not _is_id(o[w])]
-        _ask(not bad, file, f"entry {k} of '{part}' has the {bad and bad[0]} {bad and o[bad[0]]!r}, wanted a whole number")
+        what = f"the {bad[0]} {o[bad[0]]!r}" if bad else ''
+        _ask(not bad, file, f"entry {k} of '{part}' has {what}, wanted a number or a word")
         _ask(o['id'] not in out, file, f"two entries of '{part}' have the id {o['id']}")
         out[o['id']] = o
     _ask(len({*map(type, out)})<2, file, f"ids of '{part}' are partly numbers and partly words")
     return out
 
-# %% ../../nbs/data/26_coco.ipynb #41f02173
+# %% ../../nbs/data/26_coco.ipynb #f811382d
 def coco_tools(
     module:str, # Of pycocotools: 'mask', 'coco' or 'cocoeval'
 ): # That module
@@ -65,7 +66,7 @@ def coco_tools(
         raise ImportError("masks and measures of COCO's need the package pycocotools: pip install pycocotools")
     return import_module(f'pycocotools.{module}')
 
-# %% ../../nbs/data/26_coco.ipynb #75c95558
+# %% ../../nbs/data/26_coco.ipynb #cd2905e3
 def _number(o): return isinstance(o, (int,float)) and not isinstance(o, bool) and math.isfinite(o)
 
 def _text_fault(s):
@@ -93,7 +94,8 @@ def _check_image(im, folder, file):
     who,name = f"image {im['id']}",im['file_name']
     whole = all(isinstance(im[k], int) and im[k]>0 for k in ('height','width'))
     _ask(whole, file, f"{who} is {im['height']!r} by {im['width']!r} pixels, wanted whole numbers above 0")
-    inside = isinstance(name, str) and name and Path(os.path.abspath(folder/name)).is_relative_to(os.path.abspath(folder))
+    word,top = isinstance(name, str) and name,os.path.abspath(folder)
+    inside = word and Path(os.path.abspath(folder/name)).is_relative_to(top)
     _ask(inside, file, f"{who} has the file_name {name!r}, wanted a file in {folder}")
 
 def _check_thing(a, images, categories, file):
@@ -108,7 +110,7 @@ def _check_thing(a, images, categories, file):
     fault = _shape_fault(a['segmentation'], (im['height'],im['width'])) if a.get('segmentation') else None
     _ask(not fault, file, f"{who}: {fault}")
 
-# %% ../../nbs/data/26_coco.ipynb #50f4ff3e
+# %% ../../nbs/data/26_coco.ipynb #ec76b688
 @dataclass
 class CocoData:
     "Images and what is in them"
@@ -128,7 +130,7 @@ def cut_box(
     x,y,w,h = box
     return [min(max(x, 0), size[1]), min(max(y, 0), size[0]), min(max(x+w, 0), size[1]), min(max(y+h, 0), size[0])]
 
-# %% ../../nbs/data/26_coco.ipynb #3c3374df
+# %% ../../nbs/data/26_coco.ipynb #65d1d1c3
 def _size_fault(path, im):
     "Why an image is not the one that its entry means, if it is not"
     try:
@@ -148,7 +150,7 @@ def _of_their_size(paths, images, file, on_bad):
                            f"{and_more(said, 'images')}")
     return {p:i for p,i in paths.items() if p not in faults}
 
-# %% ../../nbs/data/26_coco.ipynb #ab8f611c
+# %% ../../nbs/data/26_coco.ipynb #ef80e225
 def read_coco(
     file:str|Path, # JSON file in COCO's format
     folder:str|Path, # Holds the images
@@ -171,7 +173,8 @@ def read_coco(
         _ask(a.get('segmentation') or not masks or a.get('iscrowd'), file, f"annotation {a['id']} has no segmentation, "
              "and masks are to be learned")
         x0,y0,x1,y1 = cut_box(a['bbox'], (im['height'],im['width']))
-        if min(np.float32(x1)-np.float32(x0), np.float32(y1)-np.float32(y0))<=0: lost.append(f"annotation {a['id']} with the box {a['bbox']}")
+        if np.float32(x1)<=np.float32(x0) or np.float32(y1)<=np.float32(y0):
+            lost.append(f"annotation {a['id']} with the box {a['bbox']}")
         else: (crowds if a.get('iscrowd') else things)[im['id']].append({**a, 'box': [x0, y0, x1, y1]})
     if lost: warnings.warn(f"{file}: {len(lost)} box{'es have' if lost[1:] else ' has'} no area inside the image and "
                            f"{'are' if lost[1:] else 'is'} left out: {lost[0]}{and_more(lost, 'boxes')}")
@@ -184,7 +187,7 @@ def read_coco(
     return CocoData(file, [str(cats[i]['name']) for i in ids], ids, list(there), [images[i] for i in there.values()],
                     [things[i] for i in there.values()], [crowds[i] for i in there.values()])
 
-# %% ../../nbs/data/26_coco.ipynb #12ec718e
+# %% ../../nbs/data/26_coco.ipynb #52b15cee
 def mask_of(
     thing:dict, # Annotation with a segmentation
     size:tuple, # Height and width of the image
@@ -195,7 +198,7 @@ def mask_of(
     elif isinstance(s['counts'], list): s = api.frPyObjects(s, *size)
     return api.decode(s)
 
-# %% ../../nbs/data/26_coco.ipynb #875118c9
+# %% ../../nbs/data/26_coco.ipynb #ec0bb461
 class CocoImages:
     "Images of a `CocoData` by index: pixels from 0 to 1, and boxes, labels and masks"
     def __init__(self,
@@ -224,7 +227,7 @@ class CocoImages:
         drawn = np.array([mask_of(o, size) for o in things], np.uint8).reshape(-1, *size)
         return {**out, 'masks': tv_tensors.Mask(torch.from_numpy(drawn))}
 
-# %% ../../nbs/data/26_coco.ipynb #ea01bb76
+# %% ../../nbs/data/26_coco.ipynb #4536b760
 class FitBoxes(torch.nn.Module):
     "Boxes around what is left of the masks; without area where nothing is"
     def forward(self, x, target):
@@ -249,15 +252,16 @@ def scene_tfm(
         tv_tensors.Image: .5, tv_tensors.Mask: 0, 'others': 0})]
     return v2.Compose([v2.RandomHorizontalFlip(hflip), *tfms, FitBoxes(), v2.SanitizeBoundingBoxes(min_size=1)])
 
-# %% ../../nbs/data/26_coco.ipynb #2f51b121
+# %% ../../nbs/data/26_coco.ipynb #1b0c998e
 def as_lists(
     items:list, # Pairs of image and target
 )->tuple: # List of images, list of targets
     "A batch of scenes"
     return [o[0].as_subclass(torch.Tensor) for o in items],[
-        {k: v.as_subclass(torch.Tensor) if isinstance(v, torch.Tensor) else v for k,v in o[1].items()} for o in items]
+        {k: v.as_subclass(torch.Tensor) if isinstance(v, torch.Tensor) else v for k,v in target.items()}
+        for _,target in items]
 
-# %% ../../nbs/data/26_coco.ipynb #a157733d
+# %% ../../nbs/data/26_coco.ipynb #f68eb792
 def coco_files(
     path:Path, # Folder
     part:str, # 'train' or 'val'
@@ -269,7 +273,7 @@ def coco_files(
     images = path/found[0].stem.removeprefix('instances_')
     return found[0], next((o for o in (images,path/'images'/images.name,path/'images') if o.is_dir()), path)
 
-# %% ../../nbs/data/26_coco.ipynb #b1fcd358
+# %% ../../nbs/data/26_coco.ipynb #1e7b53de
 def coco_dls(
     path:str|Path, # Folder with `instances_train*.json`, `instances_val*.json` and the images
     bs:int=2, # Images a training batch in this process
@@ -297,7 +301,7 @@ def coco_dls(
     dls.vocab = train.vocab
     return dls
 
-# %% ../../nbs/data/26_coco.ipynb #2b67a6b8
+# %% ../../nbs/data/26_coco.ipynb #27a8d18b
 _COLORS = '#e6550d #3182bd #31a354 #756bb1 #d6a100 #1b9e9e #e7298a #8c6d31'.split()
 
 def draw_scene(
