@@ -114,10 +114,10 @@ def apart(m):
 # ---------------------------------------------------------------- dropout whose draws the judge knows
 
 class Book:
-    """What layers drew for each row of what they were given; who is asked twice is taken at the last word, or at the
-    first"""
-    last = True
-    def __init__(self): self.writing,self.rows,self.strict = True,{},False
+    """What layers drew for each row of what they were given; who is asked twice is taken at the last word, at the
+    first, or in turn: a half in two places may be given the same rows twice"""
+    take = 'last'
+    def __init__(self): self.writing,self.rows,self.strict,self.used = True,{},False,set()
     def note(self, key, x, mask): self.rows.setdefault(key, []).append((x.detach().clone(), mask.detach().clone()))
     def find(self, key, x):
         "The mask drawn for each row of `x`; ones for a row that was not asked for"
@@ -125,11 +125,14 @@ class Book:
         xs = x.detach().flatten(1).double()
         if self.strict and len(xs.unique(dim=0))<len(xs): raise LookupError('rows alike: who drew what is not known')
         todo = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        for rows,masks in self.rows.get(key, [])[::-1 if self.last else 1]:
+        for n,(rows,masks) in list(enumerate(self.rows.get(key, [])))[::-1 if self.take=='last' else 1]:
             if rows.shape[1:]!=x.shape[1:]: continue
             d = (xs[:,None]-rows.flatten(1).double()[None]).abs().amax(-1)
             near,i = d.min(1)
             hit = todo & (near <= self.tol*(1+xs.abs().amax(1)))
+            if self.take=='in turn':
+                hit &= torch.tensor([(key,n,k) not in self.used for k in i.tolist()], device=x.device)
+                self.used.update((key,n,k) for k in i[hit].tolist())
             out[hit] = masks[i[hit]].to(out.dtype)
             todo &= ~hit
         return out

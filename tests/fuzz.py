@@ -630,6 +630,7 @@ def case(seed, index, only=None):
     words,n = [],None
     def side(judges):
         nonlocal n
+        book.used.clear()
         n,_ = build(seed, index, judges, book, only)
         words[:] = n.words
         n.book.tol = 1e-9 if n.dtype==torch.float64 else 1e-2 if n.autocast else 1e-4
@@ -647,8 +648,8 @@ def case(seed, index, only=None):
         told.update(out)
         return out
     v = judge(lambda: side(False), asked, like.tol, zeros=like.zeros)
-    if v.kind=='silent' and book.rows: # a part that was tried and done again may count as it was tried
-        book.last = False
+    for book.take in ('first','in turn'): # a part that was tried and done again may count as it was tried
+        if v.kind!='silent' or not book.rows: break
         w = judge(lambda: dict(seen), asked, like.tol, zeros=like.zeros)
         v = w if w.kind=='exact' else v
     v.words,v.seed,v.index,v.only = '; '.join(words),seed,index,only

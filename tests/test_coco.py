@@ -62,7 +62,8 @@ FAULTS = dict(
     ids_of_two_kinds=(lambda c: c['images'][5].update(id='5'), "ids of 'images' are partly numbers and partly words"),
     id_a_list=(lambda c: first(c).update(image_id=[1]), r"entry 0 of 'annotations' has the image_id \[1\], wanted"),
     size_none=(lambda c: first(c).update(segmentation=dict(size=None, counts=[H*W])), 'run-length code is for None'),
-    text_that_is_none=(lambda c: first(c).update(segmentation=dict(size=[H,W], counts='oops!!')), 'do not make a mask'),
+    text_that_is_none=(lambda c: first(c).update(segmentation=dict(size=[H,W], counts='oops!!')), 'do not add up to'),
+    text_too_long=(lambda c: first(c).update(segmentation=dict(size=[H,W], counts='P')), 'do not add up to'),
     one_name_twice=(lambda c: c['categories'][0].update(name='early'), 'two categories have one name'),
     another_size=(lambda c: c['images'][1].update(height=99), f'1.png is {H}x{W} pixels, and image 1 is said to'),
     twice=(lambda c: c['annotations'][1].update(id=0), "two entries of 'annotations' have the id 0"),
@@ -119,6 +120,18 @@ def test_labels_are_1_and_up_in_the_order_of_the_ids(folder):
     data = read_coco(folder/'instances_train.json', folder/'train')
     assert (data.vocab,data.ids) == (['early','late'],[3,8])
     assert [CocoImages(data)[i][1]['labels'].tolist() for i in range(6)] == [[1],[2],[1],[2],[1],[]]
+
+@pytest.mark.parametrize('seed', range(20))
+def test_runs_written_as_a_text(seed, folder):
+    "What COCO's tools write is understood, and one letter less is not"
+    from pycocotools import mask
+    rng = np.random.RandomState(seed)
+    m = (rng.rand(H, W) < rng.choice((.02,.5,.98))).astype(np.uint8)
+    text = mask.encode(np.asfortranarray(m))['counts'].decode()
+    def with_text(t): return written(folder, lambda c: first(c).update(segmentation=dict(size=[H,W], counts=t)))
+    data = read_coco(with_text(text), folder/'train')
+    assert (mask_of(data.things[0][0], (H,W)) == m).all()
+    with pytest.raises(CocoError, match='do not add up'): read_coco(with_text(text[:-1]), folder/'train')
 
 def test_polygon_runs_and_compressed_runs_are_the_same_mask():
     from pycocotools import mask

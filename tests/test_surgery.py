@@ -46,7 +46,7 @@ def verdict(net, change=lambda m, drop: None, around=contextlib.nullcontext, bet
     got = []
     v = judge(lambda: got.append(side(False)) or got[0], lambda: side(True), tol)
     if v.kind=='silent' and book.rows: # a part that was tried and done again may count as it was tried
-        book.last = False
+        book.take = 'first'
         w = judge(lambda: got[0], lambda: side(True), tol)
         v = w if w.kind=='exact' else v
     return v

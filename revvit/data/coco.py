@@ -6,7 +6,7 @@
 __all__ = ['CocoError', 'coco_tools', 'CocoData', 'cut_box', 'read_coco', 'mask_of', 'CocoImages', 'FitBoxes', 'scene_tfm',
            'as_lists', 'coco_files', 'coco_dls', 'draw_scene']
 
-# %% ../../nbs/data/26_coco.ipynb #7fa382b6
+# %% ../../nbs/data/26_coco.ipynb #be227cc5
 import json, math, os, warnings
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -24,7 +24,7 @@ from .from_files import and_more, naming_file, readable
 from .images import open_image
 from .loader import EpochDL
 
-# %% ../../nbs/data/26_coco.ipynb #da7a5185
+# %% ../../nbs/data/26_coco.ipynb #5d1b2798
 class CocoError(ValueError):
     "Something in a file of COCO's format that makes no sense: a sentence that begins with its path"
 
@@ -57,7 +57,7 @@ def _by_id(content, part, file, wanted):
     _ask(len({*map(type, out)})<2, file, f"ids of '{part}' are partly numbers and partly words")
     return out
 
-# %% ../../nbs/data/26_coco.ipynb #f811382d
+# %% ../../nbs/data/26_coco.ipynb #01dfbf91
 def coco_tools(
     module:str, # Of pycocotools: 'mask', 'coco' or 'cocoeval'
 ): # That module
@@ -66,22 +66,31 @@ def coco_tools(
         raise ImportError("masks and measures of COCO's need the package pycocotools: pip install pycocotools")
     return import_module(f'pycocotools.{module}')
 
-# %% ../../nbs/data/26_coco.ipynb #cd2905e3
+# %% ../../nbs/data/26_coco.ipynb #5f6d7164
 def _number(o): return isinstance(o, (int,float)) and not isinstance(o, bool) and math.isfinite(o)
 
-def _text_fault(s):
-    "What is wrong with run lengths that are written as a text"
-    if find_spec('pycocotools') is None: return None
-    try: coco_tools('mask').decode(dict(s, counts=s['counts'].encode()))
-    except Exception: return "its run lengths, written as a text, do not make a mask"
+def _runs_in(text):
+    "Run lengths that COCO's tools wrote as a text: 5 bits a letter, from the third on as differences"
+    runs,value,shift = [],0,0
+    for c in text:
+        bits = ord(c)-48
+        if not 0<=bits<64: return None
+        value |= (bits&31)<<shift
+        shift += 5
+        if bits&32: continue
+        if bits&16: value -= 1<<shift
+        runs.append(value+(runs[-2] if len(runs)>2 else 0))
+        value = shift = 0
+    return None if shift else runs
 
+# %% ../../nbs/data/26_coco.ipynb #d8c86590
 def _shape_fault(s, size):
     "What is wrong with a segmentation, if anything"
     if isinstance(s, dict):
         counts = s.get('counts')
         if s.get('size')!=list(size):
             return f"its run-length code is for {s.get('size')}, the image is {list(size)}"
-        if isinstance(counts, str): return _text_fault(s)
+        if isinstance(counts, str): counts = _runs_in(counts)
         runs = isinstance(counts, list) and all(isinstance(o, int) and o>=0 for o in counts)
         return None if runs and sum(counts)==size[0]*size[1] else "its run lengths do not add up to the image"
     if not isinstance(s, list): return f"its segmentation is {type(s).__name__}, wanted polygons or a run-length code"
@@ -89,6 +98,7 @@ def _shape_fault(s, size):
         if not (isinstance(o, list) and len(o)>=6 and len(o)%2==0 and all(map(_number, o))):
             return "a polygon wants three points or more, as x, y, x, y, ..."
 
+# %% ../../nbs/data/26_coco.ipynb #17f986db
 def _check_image(im, folder, file):
     "Refuse an image entry that makes no sense"
     who,name = f"image {im['id']}",im['file_name']
@@ -110,7 +120,7 @@ def _check_thing(a, images, categories, file):
     fault = _shape_fault(a['segmentation'], (im['height'],im['width'])) if a.get('segmentation') else None
     _ask(not fault, file, f"{who}: {fault}")
 
-# %% ../../nbs/data/26_coco.ipynb #ec76b688
+# %% ../../nbs/data/26_coco.ipynb #7aac8383
 @dataclass
 class CocoData:
     "Images and what is in them"
@@ -130,7 +140,7 @@ def cut_box(
     x,y,w,h = box
     return [min(max(x, 0), size[1]), min(max(y, 0), size[0]), min(max(x+w, 0), size[1]), min(max(y+h, 0), size[0])]
 
-# %% ../../nbs/data/26_coco.ipynb #65d1d1c3
+# %% ../../nbs/data/26_coco.ipynb #b9b3c9cc
 def _size_fault(path, im):
     "Why an image is not the one that its entry means, if it is not"
     try:
@@ -150,7 +160,7 @@ def _of_their_size(paths, images, file, on_bad):
                            f"{and_more(said, 'images')}")
     return {p:i for p,i in paths.items() if p not in faults}
 
-# %% ../../nbs/data/26_coco.ipynb #ef80e225
+# %% ../../nbs/data/26_coco.ipynb #3311d83f
 def read_coco(
     file:str|Path, # JSON file in COCO's format
     folder:str|Path, # Holds the images
@@ -187,7 +197,7 @@ def read_coco(
     return CocoData(file, [str(cats[i]['name']) for i in ids], ids, list(there), [images[i] for i in there.values()],
                     [things[i] for i in there.values()], [crowds[i] for i in there.values()])
 
-# %% ../../nbs/data/26_coco.ipynb #52b15cee
+# %% ../../nbs/data/26_coco.ipynb #cced6738
 def mask_of(
     thing:dict, # Annotation with a segmentation
     size:tuple, # Height and width of the image
@@ -198,7 +208,7 @@ def mask_of(
     elif isinstance(s['counts'], list): s = api.frPyObjects(s, *size)
     return api.decode(s)
 
-# %% ../../nbs/data/26_coco.ipynb #ec0bb461
+# %% ../../nbs/data/26_coco.ipynb #91f2d48b
 class CocoImages:
     "Images of a `CocoData` by index: pixels from 0 to 1, and boxes, labels and masks"
     def __init__(self,
@@ -227,7 +237,7 @@ class CocoImages:
         drawn = np.array([mask_of(o, size) for o in things], np.uint8).reshape(-1, *size)
         return {**out, 'masks': tv_tensors.Mask(torch.from_numpy(drawn))}
 
-# %% ../../nbs/data/26_coco.ipynb #4536b760
+# %% ../../nbs/data/26_coco.ipynb #d3c07328
 class FitBoxes(torch.nn.Module):
     "Boxes around what is left of the masks; without area where nothing is"
     def forward(self, x, target):
@@ -252,7 +262,7 @@ def scene_tfm(
         tv_tensors.Image: .5, tv_tensors.Mask: 0, 'others': 0})]
     return v2.Compose([v2.RandomHorizontalFlip(hflip), *tfms, FitBoxes(), v2.SanitizeBoundingBoxes(min_size=1)])
 
-# %% ../../nbs/data/26_coco.ipynb #1b0c998e
+# %% ../../nbs/data/26_coco.ipynb #e777b4e6
 def as_lists(
     items:list, # Pairs of image and target
 )->tuple: # List of images, list of targets
@@ -261,7 +271,7 @@ def as_lists(
         {k: v.as_subclass(torch.Tensor) if isinstance(v, torch.Tensor) else v for k,v in target.items()}
         for _,target in items]
 
-# %% ../../nbs/data/26_coco.ipynb #f68eb792
+# %% ../../nbs/data/26_coco.ipynb #89032c5e
 def coco_files(
     path:Path, # Folder
     part:str, # 'train' or 'val'
@@ -273,7 +283,7 @@ def coco_files(
     images = path/found[0].stem.removeprefix('instances_')
     return found[0], next((o for o in (images,path/'images'/images.name,path/'images') if o.is_dir()), path)
 
-# %% ../../nbs/data/26_coco.ipynb #1e7b53de
+# %% ../../nbs/data/26_coco.ipynb #968e4198
 def coco_dls(
     path:str|Path, # Folder with `instances_train*.json`, `instances_val*.json` and the images
     bs:int=2, # Images a training batch in this process
@@ -301,7 +311,7 @@ def coco_dls(
     dls.vocab = train.vocab
     return dls
 
-# %% ../../nbs/data/26_coco.ipynb #27a8d18b
+# %% ../../nbs/data/26_coco.ipynb #58c37ef4
 _COLORS = '#e6550d #3182bd #31a354 #756bb1 #d6a100 #1b9e9e #e7298a #8c6d31'.split()
 
 def draw_scene(
