@@ -17,7 +17,8 @@ def warm():
     yield (started:=Warm())
     started.close()
 
-def pytest_collection_finish():
+@pytest.fixture(scope='module', autouse=True)
+def quick_collections():
     """Half a million objects of the imports stay as long as the process: looking through them again at each
     `gc.collect()`, which every measurement of memory begins with, took a third of the suite's time"""
     gc.collect()

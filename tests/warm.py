@@ -106,15 +106,14 @@ class Program:
     def send_signal(self, sig): os.kill(self.pid, sig)
 
     def communicate(self, timeout=300):
-        out = []
-        def read(): out.append(self.stdout.read())
-        if there := hasattr(self, 'stdout'):
-            reader = threading.Thread(target=read, daemon=True)
-            reader.start()
-        err = self.stderr.read() if hasattr(self, 'stderr') else None
-        if there: reader.join(timeout)
+        said = {}
+        def read(name): said[name] = getattr(self, name).read()
+        readers = [threading.Thread(target=read, args=(o,), daemon=True) for o in ('stdout','stderr')
+                   if hasattr(self, o)]
+        for o in readers: o.start()
+        for o in readers: o.join(timeout)
         self.wait(timeout)
-        return out[0] if out else None,err
+        return said.get('stdout'),said.get('stderr')
 
 class Warm:
     "Starts programs from one process that is made when the first is asked for"
@@ -133,17 +132,15 @@ class Warm:
 
     def run(self, words, cwd, env, input=b'', **kw):
         "As `subprocess.run` with what was printed as text"
-        with tempfile.TemporaryFile('w+') as out, tempfile.TemporaryFile('w+') as err:
-            given,to = os.pipe()
-            os.write(to, input)   # less than a pipe holds
-            os.close(to)
-            p = self.started(words, cwd=cwd, env=env, stdin=given, stdout=out, stderr=err, **kw)
-            os.close(given)
-            try: code = p.wait(600)
-            finally:
-                with suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL)
-            for o in (out,err): o.seek(0)
-            return subprocess.CompletedProcess(words, code, out.read(), err.read())
+        given,to = os.pipe()
+        os.write(to, input)   # less than a pipe holds
+        os.close(to)
+        p = self.started(words, cwd=cwd, env=env, stdin=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
+        os.close(given)
+        try: out,err = p.communicate(600)
+        finally:
+            with suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL)
+        return subprocess.CompletedProcess(words, p.returncode, out, err)
 
     def close(self):
         if not self.server: return
