@@ -301,3 +301,10 @@ def test_help_has_the_numbers_of_the_recipe(capsys):
     said,d = ' '.join(capsys.readouterr().out.split()),recipes['digits']
     for k,v in (('Passes', d.epochs), ('Images a step', d.batch_size), ('Highest learning rate', d.lr)):
         assert f'(digits: {v})' in said.split(k)[1][:90], k
+
+def test_flags_of_a_group_that_stores_them_itself():
+    "What fastcore's `store_attr` notes beside the attributes differs between its versions, and is not asked for"
+    class Own(FlagGroup):
+        "Own"
+        def __init__(self, a=1, b='x'): self.a,self.b = a,b
+    assert vars(all_flags(Own(3))) == dict(a=3, b='x')

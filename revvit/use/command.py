@@ -43,7 +43,7 @@ def all_flags(
     *groups, # Of `FlagGroup`
 )->SimpleNamespace:
     "The values of all flags of these groups in one place"
-    return SimpleNamespace(**{k: v for o in groups for k,v in o.__stored_args__.items()})
+    return SimpleNamespace(**{k: getattr(o, k) for o in groups for k in inspect.signature(type(o)).parameters})
 
 # %% ../../nbs/use/44_command.ipynb #5b7cb3bc
 class _Parser(argparse.ArgumentParser):
