@@ -67,7 +67,7 @@ def record_run(
     save = SaveCheckpoint(learn.path/'checkpoint.pth', class_names=list(learn.dls.vocab), input_settings=image_cfg)
     return learn.add_cbs([RunLog(), save])
 
-# %% ../../nbs/training/32_learner.ipynb #1b2fe73a
+# %% ../../nbs/training/32_learner.ipynb #e77cbf9d
 def _for_batches(recipe, bs):
     "The recipe with the batch size of the loaders, its rate as it is"
     if bs!=recipe.batch_size and not rank_distrib():
@@ -80,6 +80,7 @@ def _fused(device):
     "All of AdamW in one kernel where launching kernels costs more than they do; None leaves it to PyTorch"
     return True if torch.device(device or 'cpu').type=='cuda' else None
 
+# %% ../../nbs/training/32_learner.ipynb #1b2fe73a
 def learner(
     dls, # fastai `DataLoaders` with a `vocab`
     recipe:Recipe, # What to do
