@@ -37,7 +37,7 @@ _later = {'revvit.core.memory': ('live_bytes', 'live_trace', 'peak_bytes', 'per_
           'revvit.data.images': ('image_dls', 'shard_dls'),
           'revvit.data.clips': ('clip_dls',),
           'revvit.data.moving_digits': ('moving_digits_dls',),
-          'revvit.data.coco': ('coco_dls',),
+          'revvit.data.scenes': ('coco_dls',),
           'revvit.data.scattered_digits': ('scattered_digits_dls',),
           'revvit.training.recipes': ('Recipe', 'recipe_dls', 'recipe_model', 'recipes'),
           'revvit.training.learner': ('learner', 'plot_history', 'record_run'),

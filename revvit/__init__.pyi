@@ -24,7 +24,7 @@ from .data.digits import digits_dls as digits_dls
 from .data.images import image_dls as image_dls, shard_dls as shard_dls
 from .data.clips import clip_dls as clip_dls
 from .data.moving_digits import moving_digits_dls as moving_digits_dls
-from .data.coco import coco_dls as coco_dls
+from .data.scenes import coco_dls as coco_dls
 from .data.scattered_digits import scattered_digits_dls as scattered_digits_dls
 from .training.recipes import (Recipe as Recipe, recipe_dls as recipe_dls, recipe_model as recipe_model,
     recipes as recipes)

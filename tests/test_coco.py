@@ -4,8 +4,9 @@ import json
 
 import numpy as np, pytest, torch
 from PIL import Image
-from revvit.data.coco import CocoError, CocoImages, coco_dls, cut_box, draw_scene, mask_of, read_coco, scene_tfm
+from revvit.data.coco import CocoError, cut_box, mask_of, read_coco, run_lengths
 from revvit.data.loader import UnreadableFile
+from revvit.data.scenes import CocoImages, coco_dls, draw_scene, scene_tfm
 
 torch.set_num_threads(1)
 H,W = 24,32
@@ -139,8 +140,8 @@ def test_polygon_runs_and_compressed_runs_are_the_same_mask():
     want[5:11,4:12] = 1
     packed = mask.encode(np.asfortranarray(want))
     text = dict(packed, counts=packed['counts'].decode())
-    ends = np.flatnonzero(np.diff(want.T.flatten(), prepend=0, append=0))
-    plain = dict(size=[H,W], counts=np.diff([0, *ends, want.size]).tolist())
+    plain = run_lengths(want)
+    assert plain == dict(size=[H,W], counts=[101]+[6,18]*7+[6,493])
     for o in (polygon(4, 5, 8, 6), packed, text, plain): assert (mask_of(dict(segmentation=o), (H,W)) == want).all()
     two = polygon(4, 5, 4, 6)+polygon(8, 5, 4, 6)
     assert (mask_of(dict(segmentation=two), (H,W)) == want).all()

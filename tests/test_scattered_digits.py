@@ -3,9 +3,10 @@ import json
 
 import numpy as np, pytest, torch
 from revvit.data import scattered_digits as module
-from revvit.data.coco import CocoImages, read_coco
+from revvit.data.coco import read_coco
 from revvit.data.digits import digits
 from revvit.data.scattered_digits import scattered, scattered_digits, scattered_digits_dls
+from revvit.data.scenes import CocoImages
 
 @pytest.fixture
 def few(monkeypatch): monkeypatch.setattr(module, '_parts', dict(train=12, val=5))

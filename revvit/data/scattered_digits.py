@@ -12,7 +12,8 @@ import numpy as np
 from fastai.vision.all import DataLoaders
 from fastcore.meta import delegates
 from PIL import Image
-from .coco import coco_dls, scene_tfm
+from .coco import run_lengths
+from .scenes import coco_dls, scene_tfm
 from .digits import digits, hold_out
 
 # %% ../../nbs/data/27_scattered_digits.ipynb #bafd7250
@@ -50,11 +51,9 @@ def scattered(
 def _entry(i, image, label, mask):
     "Annotation of a digit"
     ys,xs = mask.any(1).nonzero()[0],mask.any(0).nonzero()[0]
-    ends = np.flatnonzero(np.diff(mask.T.flatten(), prepend=0, append=0))
-    runs = np.diff([0, *ends, mask.size]).tolist()
     x,y,w,h = int(xs[0]),int(ys[0]),int(xs[-1]-xs[0])+1,int(ys[-1]-ys[0])+1
     return dict(id=i, image_id=image, category_id=label+1, bbox=[x,y,w,h], area=int(mask.sum()), iscrowd=0,
-                segmentation=dict(size=list(mask.shape), counts=runs))
+                segmentation=run_lengths(mask))
 
 # %% ../../nbs/data/27_scattered_digits.ipynb #6a424fc3
 _parts,_VERSION = dict(train=1000, val=200),'1'   # another version draws others
