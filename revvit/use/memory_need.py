@@ -46,11 +46,12 @@ def _optimizer(name, params, cuda):
     return make and make(params, lr=1e-3, **fused)
 
 # %% ../../nbs/use/42a_memory_need.ipynb #5487df64
+def _sequences(model): return [o for o in model.modules() if isinstance(o, ReversibleSequence)]
+
 def _checkpointed(model):
     "Every block is computed again from its input, which is kept"
     if isinstance(model, RewiredModel): model = plain(model)
-    sequences = [o for o in model.modules() if isinstance(o, ReversibleSequence)]
-    if not sequences:
+    if not (sequences := _sequences(model)):
         try: model.set_grad_checkpointing()
         except AssertionError as e: raise NotImplementedError(str(e)) from e   # how models of timm's say no
         return model
@@ -58,20 +59,9 @@ def _checkpointed(model):
     for b in (b for o in sequences for b in o): b.forward = partial(checkpoint, b.forward, use_reentrant=False)
     return model
 
-def _stored(model):
-    "By ordinary autograd"
-    if isinstance(model, RewiredModel): return plain(model)
-    if hasattr(model, 'set_reversible'): model.set_reversible(False)
-    for o in model.modules():
-        if isinstance(o, ReversibleSequence): o.set_reversible(False)
-    return model
-
-def _rebuilt(model, keep, exact):
-    "As it is meant"
-    if hasattr(model, 'set_reversible'): model.set_reversible(True, keep=keep, exact=exact)
-    else:
-        for o in model.modules():
-            if isinstance(o, ReversibleSequence): o.set_reversible(True, keep, exact)
+def _switched(model, *settings):
+    "Activations rebuilt or stored, by the model's switch or those in it"
+    for o in [model] if hasattr(model, 'set_reversible') else _sequences(model): o.set_reversible(*settings)
     return model
 
 # %% ../../nbs/use/42a_memory_need.ipynb #e88fa5f2
@@ -79,7 +69,7 @@ def ways_of(
     model, # Any module
 )->list: # Of 'reversible', 'checkpointed', 'plain'
     "How a model can go backwards"
-    mine = isinstance(model, RewiredModel) or any(isinstance(o, ReversibleSequence) for o in model.modules())
+    mine = isinstance(model, RewiredModel) or bool(_sequences(model))
     known = mine or hasattr(model, 'set_grad_checkpointing')
     return ['reversible']*mine + ['checkpointed']*known + ['plain']
 
@@ -90,8 +80,9 @@ def turned(
     exact:bool|None=None, # Whether the same bits are rebuilt
 ): # The same object, or what timm made it
     "`model` with another way back"
-    if way=='reversible': return _rebuilt(model, keep, exact)
-    return _checkpointed(model) if way=='checkpointed' else _stored(model)
+    if way=='reversible': return _switched(model, True, keep, exact)
+    if way=='checkpointed': return _checkpointed(model)
+    return plain(model) if isinstance(model, RewiredModel) else _switched(model, False)
 
 # %% ../../nbs/use/42a_memory_need.ipynb #4cd10cd7
 _halves = ('core.replay', 'core.block', 'core.context', 'core.recompute', 'models.fused', 'models.fused_pooling',
@@ -283,7 +274,7 @@ def memory(
 
 # %% ../../nbs/use/42a_memory_need.ipynb #9c2dce6e
 def _check(dtype, optimizer, early, memory, device, keep, **sizes):
-    "Refuse what cannot be meant; the device"
+    "Refuse values that make no sense; the device"
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     for k,v,there in (('dtype', dtype, ('float32','bfloat16','float16')), ('device', device, ('cpu','cuda')),
                       ('optimizer', optimizer, optimizers)):
