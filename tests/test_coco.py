@@ -1,12 +1,12 @@
 """COCO's format: what is refused, and in which words; what is put right; batches that depend on seed, epoch and index
 alone."""
-import json
+import json, shutil
 
 import numpy as np, pytest, torch
 from PIL import Image
 from revvit.data.coco import CocoError, cut_box, mask_of, read_coco, run_lengths
 from revvit.data.loader import UnreadableFile
-from revvit.data.scenes import CocoImages, coco_dls, draw_scene, scene_tfm
+from revvit.data.scenes import CocoImages, coco_dls, coco_files, draw_scene, is_coco, scene_tfm
 
 torch.set_num_threads(1)
 H,W = 24,32
@@ -249,14 +249,50 @@ def test_an_error_in_a_transform_names_the_file(folder):
     with pytest.raises(KeyError) as e: made(folder, tfm=broken).train.one_batch()
     assert '.png' in str(e.value)+''.join(getattr(e.value, '__notes__', []))
 
-@pytest.mark.parametrize('layout', ['flat','annotations'])
-def test_where_the_parts_are(layout, folder):
-    if layout=='annotations':
+def moved(folder, layout):
+    "The same data as others lay them out"
+    if layout.startswith('roboflow'):
+        for part,name in (('train','train'),('val',layout.split()[1])):
+            (folder/part).rename(folder/name)
+            (folder/f'instances_{part}.json').rename(folder/name/'_annotations.coco.json')
+    elif layout!='flat':
         (folder/'annotations').mkdir()
+        if layout=='images': (folder/'images').mkdir()
         for part in ('train','val'):
             (folder/f'instances_{part}.json').rename(folder/'annotations'/f'instances_{part}2017.json')
-            (folder/part).rename(folder/f'{part}2017')
-    assert made(folder).vocab == ['early','late']
+            (folder/part).rename(folder/('images' if layout=='images' else '')/f'{part}2017')
+    return folder
+
+@pytest.mark.parametrize('layout', ['flat','annotations','images','roboflow valid','roboflow test','roboflow val'])
+def test_where_the_parts_are(layout, folder):
+    want = batches(made(folder).train)
+    assert is_coco(moved(folder, layout)) and made(folder).vocab == ['early','late']
+    assert same(batches(made(folder).train), want)
+
+def test_a_part_alone(folder):
+    "Roboflow's third part, or any file, when one part is asked for"
+    moved(folder, 'roboflow valid')
+    shutil.copytree(folder/'valid', folder/'test')
+    assert coco_files(folder, 'val')[1] == folder/'valid'   # the first of them
+    for path in (folder/'test', folder/'test'/'_annotations.coco.json'):
+        assert is_coco(path) and coco_files(path, 'val') == (folder/'test'/'_annotations.coco.json', folder/'test')
+        with pytest.raises(ValueError, match='one file instances_train.*found 0'): coco_files(path, 'train')
+
+def test_folders_of_classes_are_none_of_this(tmp_path):
+    (tmp_path/'train'/'cat').mkdir(parents=True)
+    (tmp_path/'x.txt').write_text('')
+    assert not is_coco(tmp_path) and not is_coco(tmp_path/'x.txt') and not is_coco(tmp_path/'nowhere')
+    with pytest.raises(FileNotFoundError, match='nowhere: no such file'): coco_files(tmp_path/'nowhere', 'val')
+
+def test_a_batch_of_one_image_of_odd_size(folder):
+    pixels = np.zeros((17,23,3), np.uint8)
+    Image.fromarray(pixels).save(folder/'train'/'1.png')
+    def odd(c):
+        c['images'][1].update(height=17, width=23)
+        c['annotations'][1].update(bbox=[0,0,23,17], segmentation=polygon(0, 0, 23, 17))
+    written(folder, odd)
+    sizes = {tuple(x.shape) for xs,_ in made(folder, bs=1, tfm=scene_tfm(64, None)).train for x in xs}
+    assert sizes == {(3,H,W),(3,17,23)}
 
 def test_parts_that_are_missing_or_differ(folder):
     with pytest.raises(ValueError, match='6 training images are too few'): made(folder, bs=7)

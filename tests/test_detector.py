@@ -181,6 +181,15 @@ class NoMaps(nn.Module):
 def test_refusals(make, says):
     with pytest.raises(ValueError, match=says): make()
 
+@pytest.mark.parametrize('label,who,says', [(3, {}, 'target 1 has the label 3, and the detector has 2 categories'),
+    (0, dict(image_id='ab'), 'image ab has the label 0'), (-1, {}, 'target 1 has the label -1')])
+def test_labels_of_no_category(label, who, says):
+    images,there = zip(*(scene((64,64), [(5,5,30,40)], [1]) for _ in range(2)))
+    there[1].update(labels=torch.tensor([label]), **who)
+    net = made('rev_vit')
+    with pytest.raises(ValueError, match=says): net(list(images), list(there))
+    assert len(net.eval()(list(images))) == 2   # labels are asked of those that learn
+
 @pytest.mark.parametrize('masks,name', [(True,'box_score_tresh'), (False,'mask_head'), (True,'size')])
 def test_words_that_torchvision_does_not_know(masks, name):
     with pytest.raises(TypeError, match=f"RCNN has no argument '{name}'"): detector(rev_vit(), 2, masks, **{name: None})

@@ -111,12 +111,11 @@ def test_bytes_reach_the_disk_before_they_take_the_name(tmp_path, monkeypatch):
     assert steps==['sync','replace']*2
 
 def test_every_writer_of_the_package_is_this_one():
-    "No other module renames a file into its place; the digits that move or are scattered move a folder, once"
+    "No other module renames a file into its place; folders of drawn data are moved by one function"
     root = Path(__file__).resolve().parent.parent/'revvit'
     others = [p.relative_to(root).as_posix() for p in root.rglob('*.py')
               if 'os.replace(' in p.read_text(encoding='utf8')]
-    assert set(others)<={'models/files.py', 'data/clips.py', 'data/moving_digits.py',
-                          'data/scattered_digits.py'}
+    assert set(others)=={'models/files.py', 'data/made_once.py'}
 
 def test_flags_that_timm_leaves_in_a_file(tmp_path):
     "`train.py` saves its argparse.Namespace: read as the values it is, and with no way past the bound on sizes"

@@ -6,7 +6,7 @@
 __all__ = ['directions', 'moving_digits_cfg', 'moving_digit', 'moving_digits', 'moving_digits_dls']
 
 # %% ../../nbs/data/25_moving_digits.ipynb #b03c9db5
-import math, os, tempfile
+import math
 from pathlib import Path
 import numpy as np
 from fastai.vision.all import DataLoaders
@@ -14,6 +14,7 @@ from fastcore.meta import delegates
 from PIL import Image
 from .clips import clip_dls
 from .digits import digits, hold_out
+from .made_once import made_once
 from .video_file import write_video
 
 # %% ../../nbs/data/25_moving_digits.ipynb #5d080deb
@@ -39,30 +40,22 @@ def _is_moving(folder):
     file = folder/'classes.txt'
     return file.exists() and file.read_text().splitlines()==directions
 
+def _write(folder):
+    "All videos, and the lists of them"
+    (images,labels),rng = digits(),np.random.RandomState(0)
+    for part,idxs in zip(('train','val'), hold_out(labels, 36)):
+        (folder/part).mkdir()
+        ways = rng.permutation(np.arange(len(idxs))%8)
+        for i,k in zip(idxs, ways):
+            write_video(folder/part/f'{i:04}.mp4', moving_digit(images[i], k, rng), qmin=2, qmax=2, g=12)
+        (folder/f'{part}.csv').write_text(''.join(f'{part}/{i:04}.mp4 {k}\n' for i,k in zip(idxs, ways)))
+    (folder/'classes.txt').write_text('\n'.join(directions))
+
 def moving_digits(
     folder:str|Path|None=None, # Where the data are or shall be; None for revvit/moving_digits in the user's cache
 )->Path: # The folder, with `train.csv`, `val.csv` and `classes.txt`
     "Write the moving digits, unless they are there"
-    cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache')
-    folder = Path(folder or cache/'revvit'/'moving_digits').expanduser()
-    if _is_moving(folder): return folder
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: holds other things than the moving digits")
-    (images,labels),rng = digits(),np.random.RandomState(0)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='.moving_digits', dir=folder.parent, ignore_cleanup_errors=True) as new:
-        new = Path(new)/'new'
-        for part,idxs in zip(('train','val'), hold_out(labels, 36)):
-            (new/part).mkdir(parents=True)
-            ways = rng.permutation(np.arange(len(idxs))%8)
-            for i,k in zip(idxs, ways):
-                write_video(new/part/f'{i:04}.mp4', moving_digit(images[i], k, rng), qmin=2, qmax=2, g=12)
-            (new/f'{part}.csv').write_text(''.join(f'{part}/{i:04}.mp4 {k}\n' for i,k in zip(idxs, ways)))
-        (new/'classes.txt').write_text('\n'.join(directions))
-        try: os.replace(new, folder)
-        except OSError:
-            if not _is_moving(folder): raise   # else another process was quicker
-    return folder
+    return made_once('moving_digits', folder, _is_moving, _write)
 
 # %% ../../nbs/data/25_moving_digits.ipynb #3a2aeb0c
 moving_digits_cfg = dict(input_size=(3,8,32,32), mean=(.0762,)*3, std=(.2072,)*3, interpolation='bilinear', crop_pct=1.,

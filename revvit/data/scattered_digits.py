@@ -6,7 +6,7 @@
 __all__ = ['side', 'scattered', 'scattered_digits', 'scattered_digits_dls']
 
 # %% ../../nbs/data/27_scattered_digits.ipynb #44b28feb
-import json, os, tempfile
+import json
 from pathlib import Path
 import numpy as np
 from fastai.vision.all import DataLoaders
@@ -15,6 +15,7 @@ from PIL import Image
 from .coco import run_lengths
 from .scenes import coco_dls, scene_tfm
 from .digits import digits, hold_out
+from .made_once import made_once
 
 # %% ../../nbs/data/27_scattered_digits.ipynb #bafd7250
 side = 96   # pixels of the canvas
@@ -58,7 +59,7 @@ def _entry(i, image, label, mask):
 # %% ../../nbs/data/27_scattered_digits.ipynb #6a424fc3
 _parts,_VERSION = dict(train=1000, val=200),'1'   # another version draws others
 
-def _write(folder, part, images, labels, rng):
+def _write_part(folder, part, images, labels, rng):
     "Canvases of one part, and what is on them"
     (folder/part).mkdir(parents=True)
     entries,things = [],[]
@@ -71,6 +72,12 @@ def _write(folder, part, images, labels, rng):
     content = dict(images=entries, annotations=things, categories=names)
     (folder/f'instances_{part}.json').write_text(json.dumps(content))
 
+def _write(folder):
+    "All canvases"
+    (images,labels),rng = digits(),np.random.RandomState(0)
+    for part,idxs in zip(_parts, hold_out(labels, 36)): _write_part(folder, part, images[idxs], labels[idxs], rng)
+    (folder/'scattered_digits.txt').write_text(_VERSION)
+
 def _is_scattered(folder):
     "Are these scattered digits in `folder`?"
     file = folder/'scattered_digits.txt'
@@ -80,21 +87,7 @@ def scattered_digits(
     folder:str|Path|None=None, # Where the data are or shall be; None for revvit/scattered_digits in the user's cache
 )->Path: # The folder
     "Write the scattered digits in COCO's format, unless they are there"
-    cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache')
-    folder = Path(folder or cache/'revvit'/'scattered_digits').expanduser()
-    if _is_scattered(folder): return folder
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: holds other things than the scattered digits")
-    (images,labels),rng = digits(),np.random.RandomState(0)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='.scattered', dir=folder.parent, ignore_cleanup_errors=True) as new:
-        new = Path(new)/'new'
-        for part,idxs in zip(_parts, hold_out(labels, 36)): _write(new, part, images[idxs], labels[idxs], rng)
-        (new/'scattered_digits.txt').write_text(_VERSION)
-        try: os.replace(new, folder)
-        except OSError:
-            if not _is_scattered(folder): raise   # else another process was quicker
-    return folder
+    return made_once('scattered_digits', folder, _is_scattered, _write)
 
 # %% ../../nbs/data/27_scattered_digits.ipynb #3e11090a
 @delegates(coco_dls, but=['path'])

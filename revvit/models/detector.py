@@ -126,8 +126,21 @@ def _check_size(maps):
                          "dynamic_img_size=True, or where there is none with strict_img_size=False") from None
 
 # %% ../../nbs/models/19b_detector.ipynb #e2d44e1f
+def _check_labels(targets, n):
+    "Refuse labels that are none of `n` categories"
+    if not targets or all(1<=o<=n for o in torch.cat([t['labels'] for t in targets]).tolist()): return
+    i,bad = next((i,o) for i,t in enumerate(targets) for o in t['labels'].tolist() if not 1<=o<=n)
+    who = f"image {targets[i]['image_id']}" if 'image_id' in targets[i] else f"target {i}"
+    raise ValueError(f"{who} has the label {bad}, and the detector has {n} categories: labels are 1 to {n}")
+
 class _Switched:
     "A detector whose backbone can rebuild or store activations"
+    num_classes = 0   # categories, the background not counted
+
+    def forward(self, images, targets=None): # (3, H, W) each, 0 to 1, and what is in them; losses, or what was found
+        if self.training and targets is not None: _check_labels(targets, self.num_classes)
+        return super().forward(images, targets)
+
     def set_reversible(self,
         on:bool=True, # `False` stores activations, as any other model does
         keep:float=0., # Share of what ordinary autograd would store that may be kept, 0 to 1
@@ -172,5 +185,6 @@ def detector(
     if masks: args['mask_roi_pool'] = _pool(body.strides, 14)
     own = {k: kwargs.pop(k) for k in ('box_predictor','mask_predictor') if kwargs.get(k) is not None}
     net = cls(body, num_classes+1, **{**args, **kwargs})
+    net.num_classes = num_classes
     for k,v in own.items(): setattr(net.roi_heads, k, v)   # torchvision takes them instead of a number of classes
     return net
