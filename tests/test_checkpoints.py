@@ -496,7 +496,7 @@ def test_R31_new_classes_and_sizes_are_asked_for_and_reported(files, tmp_path, f
 def test_R31_what_is_no_model_of_ours_is_not_filled(files):
     "Another module, a model inside a wrapper, and one without numbers"
     with torch.device('meta'): nowhere = build('vit')
-    cases = ((torch.nn.Linear(1, 1), 'cannot fill a Linear: expected a RevViT or RevMViT, without a wrapper'),
+    cases = ((torch.nn.Linear(1, 1), 'cannot fill a Linear: expected a RevViT, RevMViT or detector, without'),
              (torch.nn.Sequential(build('vit')), 'cannot fill a Sequential'),
              (nowhere, 'on the meta device, where it has no numbers'))
     for m,words in cases:

@@ -12,13 +12,18 @@ from collections import OrderedDict
 import timm, torch
 from torch import nn
 from timm.layers import LayerNorm2d
+from timm.models import build_model_with_cfg
 from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import initLevelMapper
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from .convert import reversible
+from .zoo import ReversibleModel
 
 # %% ../../nbs/models/19b_detector.ipynb #5bbacb4f
 def last_of_each_stride(
@@ -125,7 +130,7 @@ def _check_size(maps):
         raise ValueError(f"{type(maps.model).__name__} does not take images of any size ({e}): create it with "
                          "dynamic_img_size=True, or where there is none with strict_img_size=False") from None
 
-# %% ../../nbs/models/19b_detector.ipynb #e2d44e1f
+# %% ../../nbs/models/19b_detector.ipynb #5efa1fa7
 def _check_labels(targets, n):
     "Refuse labels that are none of `n` categories"
     if not targets or all(1<=o<=n for o in torch.cat([t['labels'] for t in targets]).tolist()): return
@@ -133,14 +138,9 @@ def _check_labels(targets, n):
     who = f"image {targets[i]['image_id']}" if 'image_id' in targets[i] else f"target {i}"
     raise ValueError(f"{who} has the label {bad}, and the detector has {n} categories: labels are 1 to {n}")
 
-class _Switched:
-    "A detector whose backbone can rebuild or store activations"
-    num_classes = 0   # categories, the background not counted
-
-    def forward(self, images, targets=None): # (3, H, W) each, 0 to 1, and what is in them; losses, or what was found
-        if self.training and targets is not None: _check_labels(targets, self.num_classes)
-        return super().forward(images, targets)
-
+# %% ../../nbs/models/19b_detector.ipynb #e2d44e1f
+class _Described:
+    "A detector whose backbone can rebuild or store activations, and which knows how it was built"
     def set_reversible(self,
         on:bool=True, # `False` stores activations, as any other model does
         keep:float=0., # Share of what ordinary autograd would store that may be kept, 0 to 1
@@ -149,42 +149,103 @@ class _Switched:
         "Rebuild the backbone's activations in the backward pass, or store them"
         self.backbone.maps.model.set_reversible(on, keep, exact)
 
-class ReversibleFasterRCNN(_Switched, FasterRCNN):
+    @property
+    def num_classes(self): return self.given['num_classes']
+
+    @property
+    def model_args(self):
+        "What `detector` was told, and how the backbone was built, as plain data"
+        model,said,who = self.backbone.maps.model,self.given['backbone'],f"cannot save a {type(self).__name__}"
+        for k,v in self.given.items():
+            if isinstance(v, nn.Module): raise ValueError(f"{who}: its {k} is a {type(v).__name__}, which is code and "
+                                                          "no data: box_dim and mask_layers are numbers")
+        ours = isinstance(model, ReversibleModel)
+        if ours: said = dict(model=type(model).__name__, model_args=dict(model.model_args))
+        if said is None: raise ValueError(f"{who}: its backbone does not know how it was made; give detector the "
+                                          f"{type(model).__name__} by its name, with backbone_args")
+        return {**self.given, 'backbone': said}
+
+    def input_settings(self, **changes):
+        "How images are prepared, which the detector does itself"
+        t = self.transform
+        settings = dict(mean=tuple(t.image_mean), std=tuple(t.image_std), min_size=t.min_size, max_size=t.max_size)
+        if unknown := sorted(set(changes)-set(settings)):
+            raise ValueError(f"unknown input settings {unknown}: expected some of {sorted(settings)}")
+        return {**settings, **changes}
+
+    def forward(self, images, targets=None): # (3, H, W) each, 0 to 1, and what is in them; losses, or what was found
+        if self.training and targets is not None: _check_labels(targets, self.num_classes)
+        return super().forward(images, targets)
+
+# %% ../../nbs/models/19b_detector.ipynb #5efa1fa8
+class ReversibleFasterRCNN(_Described, FasterRCNN):
     "torchvision's Faster R-CNN, its backbone reversible"
 
-class ReversibleMaskRCNN(_Switched, MaskRCNN):
+class ReversibleMaskRCNN(_Described, MaskRCNN):
     "torchvision's Mask R-CNN, its backbone reversible"
 
+# %% ../../nbs/models/19b_detector.ipynb #17e73383
 def _check_names(cls, given):
     "Refuse arguments that torchvision's class does not have"
     known = {'_skip_resize'}.union(*(inspect.signature(o).parameters for o in (cls,GeneralizedRCNNTransform)))
     if bad := sorted(set(given)-known): raise TypeError(f"torchvision's {cls.__name__} has no argument '{bad[0]}'")
 
-# %% ../../nbs/models/19b_detector.ipynb #17e73383
+def _heads(masks, width, classes, box_dim, mask_layers, pool):
+    "Heads of boxes and of masks, and what decides at their ends"
+    out = dict(box_head=TwoMLPHead(width*pool.output_size[0]**2, box_dim),
+               box_predictor=FastRCNNPredictor(box_dim, classes))
+    if not masks: return out
+    return dict(mask_head=MaskRCNNHeads(width, mask_layers, 1),
+                mask_predictor=MaskRCNNPredictor(mask_layers[-1], mask_layers[-1], classes), **out)
+
+# %% ../../nbs/models/19b_detector.ipynb #981674db
+_timms = set(inspect.signature(timm.create_model).parameters)|set(inspect.signature(build_model_with_cfg).parameters)
+
+def _named(name, pretrained, args):
+    "A backbone by name"
+    if bad := sorted((_timms|{'num_classes','features_only'}) & set(args)):
+        raise ValueError(f"backbone_args are of the network itself: leave {bad[0]!r} out")
+    model = timm.create_model(name, pretrained, num_classes=0, **args)
+    return model if hasattr(model, 'set_reversible') else reversible(model)
+
+# %% ../../nbs/models/19b_detector.ipynb #ca569de2
 def detector(
-    backbone:nn.Module|str, # A registered or rewired model, or the name of a registered one
+    backbone:nn.Module|str, # A registered or rewired model; or the name of one of ours or of timm's
     num_classes:int, # Categories, the background not counted; their labels are 1 to `num_classes`
     masks:bool=True, # Mask R-CNN; `False` is Faster R-CNN, boxes alone
     out_channels:int=256, # Width of the pyramid
     anchor_scale:float=8., # Side of an anchor over the stride of its map
     pretrained:bool=False, # Fetch the weights of a backbone given by name
+    backbone_args:dict|None=None, # Arguments of a backbone given by name, such as `img_size` or `dynamic_img_size`
+    box_dim:int=1024, # Width of the box head
+    mask_layers:tuple=(256,256,256,256), # Widths of the mask head's convolutions
     **kwargs, # Of torchvision's class: `min_size` and `max_size` in pixels, `box_score_thresh`, ...
 )->FasterRCNN:
     "Mask R-CNN or Faster R-CNN on the feature maps of a reversible network"
     if num_classes<1: raise ValueError(f"num_classes must be 1 or more, got {num_classes}")
-    cls = ReversibleMaskRCNN if masks else ReversibleFasterRCNN
     _check_names(MaskRCNN if masks else FasterRCNN, kwargs)
-    model = timm.create_model(backbone, pretrained, num_classes=0) if isinstance(backbone, str) else backbone
+    named = isinstance(backbone, str)
+    if not named and (backbone_args or pretrained):
+        raise ValueError("backbone_args and pretrained are for a backbone given by name")
+    said = dict(name=backbone, args=dict(backbone_args or {})) if named else None
+    model = _named(backbone, pretrained, said['args']) if named else backbone
     _check_backbone(model)
     cfg,body = getattr(model, 'pretrained_cfg', None) or {},PyramidBackbone(model, out_channels)
     _check_size(body.maps)
-    sizes = tuple((round(anchor_scale*s),) for s in body.strides)
-    args = dict(image_mean=list(cfg.get('mean', IMAGENET_DEFAULT_MEAN)),
-        image_std=list(cfg.get('std', IMAGENET_DEFAULT_STD)), size_divisible=max(body.strides),
-        rpn_anchor_generator=AnchorGenerator(sizes, ((.5,1.,2.),)*len(sizes)), box_roi_pool=_pool(body.strides, 7))
-    if masks: args['mask_roi_pool'] = _pool(body.strides, 14)
-    own = {k: kwargs.pop(k) for k in ('box_predictor','mask_predictor') if kwargs.get(k) is not None}
-    net = cls(body, num_classes+1, **{**args, **kwargs})
-    net.num_classes = num_classes
-    for k,v in own.items(): setattr(net.roi_heads, k, v)   # torchvision takes them instead of a number of classes
+    kwargs = {**dict(image_mean=list(cfg.get('mean', IMAGENET_DEFAULT_MEAN)),
+                     image_std=list(cfg.get('std', IMAGENET_DEFAULT_STD))), **kwargs}
+    net = _assembled(body, num_classes+1, masks, anchor_scale, box_dim, mask_layers, kwargs)
+    net.given = dict(backbone=said, num_classes=num_classes, masks=masks, out_channels=out_channels,
+                     anchor_scale=anchor_scale, box_dim=box_dim, mask_layers=tuple(mask_layers), **kwargs)
     return net
+
+def _assembled(body, classes, masks, anchor_scale, box_dim, mask_layers, given):
+    "torchvision's class, with what the backbone tells and what was given"
+    sizes = tuple((round(anchor_scale*s),) for s in body.strides)
+    args = dict(size_divisible=max(body.strides), box_roi_pool=_pool(body.strides, 7),
+                rpn_anchor_generator=AnchorGenerator(sizes, ((.5,1.,2.),)*len(sizes)))
+    if masks: args['mask_roi_pool'] = _pool(body.strides, 14)
+    pool = given.get('box_roi_pool') or args['box_roi_pool']
+    args |= _heads(masks, body.out_channels, classes, box_dim, mask_layers, pool)
+    args |= {k:v for k,v in given.items() if v is not None}
+    return (ReversibleMaskRCNN if masks else ReversibleFasterRCNN)(body, None, **args)
