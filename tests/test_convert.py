@@ -150,6 +150,20 @@ def test_features(key):
     assert len(m.blocks)==2 and isinstance(m.blocks, RewiredStack)
     assert error(m.forward_intermediates(x, [1], **alone), [one]) < 1e-12
 
+@pytest.mark.parametrize('key', ['vit','dinov2','eva02','mixed','beit','cait'])
+def test_feature_maps_of_timms_wrapper(key):
+    "A model made with features_only: maps of timm's shapes, gradients, and back to the bit"
+    name,kw = MODELS[key]
+    m,x = make(name, 4, features_only=True, out_indices=[1,3], **kw).double().eval(),images(2)
+    want,kinds = m(x),[type(o) for o in m.modules()]
+    shapes = [o.shape for o in revvit.reversible(m, chunk=1)(x)]
+    assert shapes==[o.shape for o in want]
+    (y,grads),ref = run(m, x, True),run(m, x, False)
+    assert error(y, ref[0]) < 1e-12 and error(grads, ref[1]) < 1e-12
+    copied = copy.deepcopy(m)
+    assert same(copied(x), m(x)) and pickle.loads(pickle.dumps(m)).state_dict().keys()==m.state_dict().keys()
+    assert same(revvit.plain(m)(x), want) and [type(o) for o in m.modules()]==kinds
+
 def test_masks_reach_attention():
     m,x = revvit.reversible(make(VIT).double(), chunk=2),images()
     mask = torch.rand(5, 1, 17, 17, generator=torch.Generator().manual_seed(2))>.3

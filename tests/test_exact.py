@@ -53,6 +53,38 @@ def test_same_bits_as_stored(make, amp, rate):
             switch(m, True, exact=True, keep=keep)
             assert equal(answers(m, xs, amp), want), (chunk,keep)
 
+class Often(nn.Module):
+    "Reads its stream four times"
+    def forward(self, x): return x.softmax(-1) + x/(1+x.square().sum(1, keepdim=True)) + x.mean(-1, keepdim=True)
+
+class Near(nn.Module):
+    "Mixes neighbours: another kernel where channels lie last in memory"
+    def __init__(self, d=16): super().__init__(); self.conv = nn.Conv2d(d, d, 3, padding=1)
+    def forward(self, x): return self.conv(x)
+
+def strange(s, layout):
+    "Streams, and weights of a loss, that lie elsewise in memory"
+    def turn(o): return o.to(memory_format=torch.channels_last) if layout=='last' else o.mT.contiguous().mT
+    xs = torch.randn(2, 3, 16, 12, 12, generator=torch.Generator().manual_seed(s))
+    return [o.contiguous() if layout=='usual' else turn(o) for o in xs]
+
+@pytest.mark.parametrize('make', [Often,Near])
+@pytest.mark.parametrize('layout', ['usual','last','transposed'])
+def test_same_bits_of_strided_streams(layout, make):
+    "And of halves that read a stream several times, in parts of any size"
+    torch.manual_seed(0)
+    for chunk in (1,2,None):
+        seq,found = ReversibleSequence([ReversibleBlock(make(), make(), .3*i) for i in range(2)], chunk),[]
+        for on in (False,True):
+            seq.set_reversible(on, exact=True)
+            xs = [x.detach().clone().requires_grad_() for x in strange(1, layout)]
+            assert xs[0].is_contiguous() == (layout=='usual')
+            torch.manual_seed(1)
+            ys = seq(*xs)
+            loss = sum((y*w).mean(1).square().sum() + y.norm(dim=-1).sum() for y,w in zip(ys, strange(2, layout)))
+            found.append([loss, *ys, *torch.autograd.grad(loss, [*xs, *seq.parameters()])])
+        assert equal(*found), chunk
+
 @amps
 @pytest.mark.parametrize('depth, scale', [(48,3.),(1000,1.)], ids=['48 blocks, weights x3','1000 blocks'])
 def test_same_bits_at_depth(depth, scale, amp):

@@ -124,7 +124,9 @@ def _call(m, xs, given, rows=ALL):
 
 def _in_parts(m, xs, chunk, exact, given):
     "`m` of a few images at a time, as the reversible mode computes it"
-    if exact and given: given = given.own()
+    if exact:
+        xs = [x.view_as(x) for x in xs]   # gradients of what `m` reads twice are added up before they join the stream's
+        if given: given = given.own()
     enter,parts,outs = same_autocast(xs[0].device),equal_parts(len(xs[0]), chunk),[]
     own = [(p,p.view_as(p)) for p in m.parameters() if p.requires_grad] if exact and len(parts)>1 else []
     for rows in parts:

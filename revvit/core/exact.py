@@ -22,13 +22,13 @@ def grid(
     return GRID[dtype]
 
 class Snap(Function):
-    "Round to the grid for `dtype`; the gradient passes"
+    "Round to the grid for `dtype`, laid out as the engine's streams; the gradient passes"
     @staticmethod
     def forward(ctx, x, dtype):
         ctx.dtype,k = x.dtype,grid(dtype)
-        return (x.to(dtype)*k).round_().div_(k).add_(0.)
+        return (x.to(dtype)*k).round_().div_(k).add_(0.).contiguous()
     @staticmethod
-    def backward(ctx, d): return d.to(ctx.dtype),None
+    def backward(ctx, d): return d.to(ctx.dtype).contiguous(),None
 
 # %% ../../nbs/core/01_exact.ipynb #3388c92c
 def add_(

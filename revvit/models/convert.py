@@ -256,7 +256,8 @@ def reversible(
     model.grad_checkpointing = False
     for o in model.modules():
         if getattr(o, 'grad_checkpointing', False): o.grad_checkpointing = False   # of a stage
-    model.__class__ = _subclass(RewiredModel, type(model))
+    inner = [o for o in model.modules() if hasattr(o, 'forward_intermediates') and getattr(o, 'blocks', None) in found]
+    for o in dict.fromkeys((*inner,model)): o.__class__ = _subclass(RewiredModel, type(o))   # features_only wraps one
     model.set_reversible(True, keep, exact)
     return model
 
