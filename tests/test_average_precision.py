@@ -7,7 +7,7 @@ from torch import nn
 from revvit.data.coco import read_coco
 from revvit.data.loader import EpochDL
 from revvit.data.scenes import CocoImages, as_lists
-from revvit.use.average_precision import average_precision, coco_results, detections
+from revvit.data.average_precision import average_precision, coco_results, detections
 
 def square(x, y, s=20): return [[x, y, x+s, y, x+s, y+s, x, y+s]]
 

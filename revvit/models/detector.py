@@ -173,6 +173,13 @@ class _Described:
             raise ValueError(f"unknown input settings {unknown}: expected some of {sorted(settings)}")
         return {**settings, **changes}
 
+    def group_matcher(self, coarse=False):
+        "The backbone's patterns that sort parameters by depth; all else is the last layer"
+        start,groups = r'^backbone\.maps\.model\.',self.backbone.maps.model.group_matcher(coarse)
+        def inside(o): return start+f"(?:{o.replace('^', '')})"
+        named = {k: inside(v) if isinstance(v, str) else [(inside(a),b) for a,b in v] for k,v in groups.items()}
+        return {**named, 'heads': f'(?!{start[1:]})'}
+
     def forward(self, images, targets=None): # (3, H, W) each, 0 to 1, and what is in them; losses, or what was found
         if self.training and targets is not None: _check_labels(targets, self.num_classes)
         return super().forward(images, targets)
@@ -235,6 +242,7 @@ def detector(
     kwargs = {**dict(image_mean=list(cfg.get('mean', IMAGENET_DEFAULT_MEAN)),
                      image_std=list(cfg.get('std', IMAGENET_DEFAULT_STD))), **kwargs}
     net = _assembled(body, num_classes+1, masks, anchor_scale, box_dim, mask_layers, kwargs)
+    net.pretrained_cfg = dict(architecture=cfg.get('architecture'))
     net.given = dict(backbone=said, num_classes=num_classes, masks=masks, out_channels=out_channels,
                      anchor_scale=anchor_scale, box_dim=box_dim, mask_layers=tuple(mask_layers), **kwargs)
     return net

@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 from fastai.vision.all import (AvgSmoothLoss, Callback, CancelFitException, LabelSmoothingCrossEntropyFlat,
     MixedPrecision, ParamScheduler, Recorder, rank_distrib, set_seed, to_detach)
-from .recipes import warmup_cosine
+from .recipes import warmup_cosine, warmup_steps
 
 # %% ../../nbs/training/31_callbacks.ipynb #a5c588c9
 def is_searching(learn):
@@ -81,7 +81,10 @@ def _batch(self:StopOnNonFinite):
 def _params(self:StopOnNonFinite): return [(f'parameter {n}', p) for n,p in unwrapped(self.model).named_parameters()]
 
 @patch
-def _result(self:StopOnNonFinite): return [('output of the model', self.pred), ('loss', self.loss)]
+def _result(self:StopOnNonFinite):
+    "What the model gave, or each of a detector's losses by name, and the loss"
+    parts = self.pred.items() if isinstance(self.pred, dict) else [('output of the model', self.pred)]
+    return [*parts, ('loss', self.loss)]
 
 # %% ../../nbs/training/31_callbacks.ipynb #a8fa8044
 class Later:
@@ -142,14 +145,16 @@ def after_fit(self:StopOnNonFinite):
 
 # %% ../../nbs/training/31_callbacks.ipynb #9d8b1588
 class Schedule(ParamScheduler):
-    "`warmup_cosine` up to the rate that `fit` was given"
+    "`warmup_cosine`, or `warmup_steps`, up to the rate that `fit` was given"
     def __init__(self,
         warmup:float=0., # Part of the run in which the rate rises, from 0 to below 1
         warmup_lr:float=0., # First rate
         final_lr:float=0., # Last rate
-    ): super().__init__({'lr': self.rates}); self.shape = warmup,warmup_lr,final_lr
+        steps:tuple=(), # Parts of the run after which the rate falls to a tenth, in place of the cosine
+    ): super().__init__({'lr': self.rates}); self.shape,self.steps = (warmup,warmup_lr,final_lr),steps
     def rates(self, pos):
         w,first,last = self.shape
+        if self.steps: return [warmup_steps(pos, p, w, min(first, p), self.steps) for p in self.peaks]
         return [warmup_cosine(pos, p, w, min(first, p), min(last, p)) for p in self.peaks]
     def before_fit(self):
         super().before_fit()

@@ -58,6 +58,9 @@ def _sum(*values):
     dist.all_reduce(t)
     return t.tolist()
 
+# a measure that has already seen what all processes found
+def _of_all(m): return getattr(m, 'of_all_processes', False)
+
 class Distribute(Callback):
     "Train with the other processes of the group"
     order = -9   # after fastai has put the model on its device and switched it to train()
@@ -65,7 +68,7 @@ class Distribute(Callback):
     def before_fit(self):
         if is_searching(self.learn):
             raise ValueError("lr_find is for one process: look for the rate without torchrun, then start the run")
-        odd = [o.name for o in self.learn.metrics if not isinstance(o, AvgMetric)]
+        odd = [o.name for o in self.learn.metrics if not isinstance(o, AvgMetric) and not _of_all(o)]
         if odd:
             raise ValueError(f"{odd[0]} is no mean over items, so its parts in several processes cannot be added up: "
                              "measure it afterwards, in one process")
@@ -80,6 +83,7 @@ class Distribute(Callback):
     def after_fit(self): self.wrapped = None
     def after_validate(self):
         for m in self.recorder._valid_mets:
+            if _of_all(m): continue
             total,count = _sum(m.total, m.count)
             m.total,m.count = total,int(count)
 

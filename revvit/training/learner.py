@@ -16,6 +16,7 @@ from fastai.vision.all import Learner, OptimWrapper, accuracy, num_distrib, rank
 from .recipes import Recipe, recipe_model
 from revvit.training.callbacks import (LossLater, MixBatches, MixLoss, Schedule, SeedRun, StopOnNonFinite,
     WeightAverage)
+from .detect import detect_parts
 from .layers import Accumulate, freeze, layer_groups
 from .logs import RunLog, SaveCheckpoint
 from .progress import PlainLog
@@ -55,6 +56,8 @@ def set_amp(
     return learn if amp=='off' else learn.to_bf16() if amp=='bf16' else learn.to_fp16()
 
 # %% ../../nbs/training/32_learner.ipynb #436e0f8f
+def _detects(learn): return getattr(getattr(learn, 'recipe', None), 'detector', None) is not None
+
 def record_run(
     learn:Learner, # Gets callbacks that write
     out:str|Path, # Folder for `checkpoint.pth` and `history.csv`, made if need be
@@ -64,7 +67,11 @@ def record_run(
     learn.path = Path(out)
     if rank_distrib(): return learn
     learn.path.mkdir(parents=True, exist_ok=True)
-    save = SaveCheckpoint(learn.path/'checkpoint.pth', class_names=list(learn.dls.vocab), input_settings=image_cfg)
+    kwargs = dict(input_settings=image_cfg)
+    if _detects(learn):
+        assert learn.model.model_args   # an error now, not after an epoch, if it cannot be saved
+        kwargs = {}   # it prepares images itself
+    save = SaveCheckpoint(learn.path/'checkpoint.pth', class_names=list(learn.dls.vocab), **kwargs)
     return learn.add_cbs([RunLog(), save])
 
 # %% ../../nbs/training/32_learner.ipynb #e77cbf9d
@@ -90,13 +97,15 @@ def learner(
     amp:str='auto', # 'bf16', 'fp16', 'off', or 'auto' for the best that the device has
 )->Learner: # Train it with `learn.fit(recipe.epochs)`; `learn.fit(n, lr)` takes another highest rate
     "fastai `Learner` that follows `recipe`"
-    classes = len(dls.vocab)
+    classes,parts = len(dls.vocab),dict(metrics=accuracy, loss_func=MixLoss(eps=recipe.smoothing))
+    if recipe.detector is not None: parts = detect_parts(dls, recipe.detector.get('masks', True), model)
     if model is None: model = recipe_model(recipe, classes, seed)
     if recipe.freeze is not None: freeze(model, recipe.freeze)
     r = _for_batches(recipe, dls.train.bs*max(1, num_distrib()))
     guard = StepInBackward() if r.step_in_backward else StopOnNonFinite(r.clip)
-    cbs = [SeedRun(seed), guard, LossLater(), PlainLog(),
-           Schedule(r.warmup_epochs/r.epochs, r.warmup_lr, r.final_lr)]
+    steps = tuple(o/r.epochs for o in r.steps or ())
+    cbs = [SeedRun(seed), guard, LossLater(), PlainLog(), *parts.pop('cbs', ()),
+           Schedule(r.warmup_epochs/r.epochs, r.warmup_lr, r.final_lr, steps)]
     if r.mixup or r.cutmix: cbs.append(MixBatches(r.mixup, r.cutmix, r.smoothing, classes))
     if r.accumulate>1:
         cbs.append(Accumulate(r.accumulate))
@@ -105,8 +114,8 @@ def learner(
     kind = dict(opt=eight_bit_adamw()) if r.optimizer=='adamw_8bit' else dict(opt=torch.optim.AdamW,
                                                                               fused=_fused(dls.device))
     adamw = partial(_AdamW, convert_groups=False, betas=r.betas, eps=r.eps, **kind)
-    learn = Learner(dls, model, loss_func=MixLoss(eps=r.smoothing), metrics=accuracy, lr=r.lr, cbs=cbs,
-                    opt_func=adamw, splitter=partial(layer_groups, lr=r.lr, weight_decay=r.weight_decay,
+    learn = Learner(dls, model, lr=r.lr, cbs=cbs, opt_func=adamw, **parts,
+                    splitter=partial(layer_groups, lr=r.lr, weight_decay=r.weight_decay,
                                                      layer_decay=r.layer_decay, backbone_lr=r.backbone_lr))
     learn.recipe = r
     if out: record_run(learn, out, r.image_cfg)
@@ -125,10 +134,14 @@ def plot_history(
     rows = [[math.nan if o is None else o for o in row] for row in rec.values]   # not each epoch is validated
     vals = dict(zip(rec.metric_names[1:-1], zip(*rows)))   # without epoch and time
     a,b = fig.subplots(1,2)
+    names = [k for k in ('accuracy','box_ap50','box_ap','mask_ap') if k in vals]
     a.plot(range(1, len(rec.losses)+1), [*map(float, rec.losses)], label='training (running mean)')
-    a.plot(rec.iters, vals['valid_loss'], 'o-', ms=3, label='held out')
+    if 'accuracy' in vals: a.plot(rec.iters, vals['valid_loss'], 'o-', ms=3, label='held out')
     a.set(xlabel='step', ylabel='loss', title='Loss'); a.legend()
-    b.plot(range(1, len(rec.values)+1), [100*o for o in vals['accuracy']], 'o-', ms=3)
-    b.set(xlabel='epoch', ylabel='held-out accuracy, %', title=f"Accuracy, {100*vals['accuracy'][-1]:.1f} % at the end")
+    what = 'Accuracy' if 'accuracy' in vals else 'AP of boxes' if 'mask_ap' not in vals else 'AP of masks'
+    for k in names: b.plot(range(1, len(rec.values)+1), [100*o for o in vals[k]], 'o-', ms=3, label=k.replace('_', ' '))
+    b.set(xlabel='epoch', ylabel='held-out accuracy, %' if 'accuracy' in vals else 'held-out AP, %',
+          title=f"{what}, {100*vals[names[-1]][-1]:.1f} % at the end")
+    if names[1:]: b.legend()
     if path: fig.savefig(path, dpi=120)
     return fig

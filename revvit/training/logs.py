@@ -28,10 +28,11 @@ class SaveCheckpoint(Callback):
 
 # %% ../../nbs/training/31a_logs.ipynb #ba38d27a
 class SaveBest(SaveCheckpoint):
-    "Write the model to `path` after each epoch with a higher held-out accuracy than all before"
+    "Write the model to `path` after each epoch with a higher held-out accuracy than all before; of detectors AP"
     def after_epoch(self):
         if self.trained:
-            at = list(self.recorder.metric_names).index('accuracy')-1   # without the epoch
+            names = list(self.recorder.metric_names)
+            at = names.index(next(o for o in ('mask_ap','box_ap','accuracy') if o in names))-1   # without the epoch
             *before,now = [o[at] for o in self.recorder.values]
             if now is None or any(o is not None and o>=now for o in before): self.trained = False
         super().after_epoch()

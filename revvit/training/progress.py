@@ -17,6 +17,7 @@ from fastprogress.fastprogress import IN_NOTEBOOK, format_time
 from fastai.vision.all import Callback, ProgressCallback, noop, num_distrib
 from ..core.device import out_of_memory
 from ..core.memory import saved_bytes
+from ..data.loader import seeded
 from .callbacks import Later, is_searching, unwrapped
 
 # %% ../../nbs/training/31b_progress.ipynb #8292db95
@@ -32,15 +33,19 @@ def _as_set(model):
 
 def step_memory(
     model, # Of this package
-    x:torch.Tensor, # A batch, on the model's device; under autocast, if the run is
+    x:torch.Tensor|list, # A batch, on the model's device; under autocast, if the run is
+    there:list|None=None, # What is in each image, for a detector, whose losses are then computed
 )->tuple: # Bytes kept as the model is set, and bytes that plain autograd keeps
     "Activations that a step on `x` keeps for its backward pass, reckoned from one and two of its items"
     parts,restore = _as_set(model)
+    def run(n):
+        if there is None: return model(x[:n])
+        with seeded(0, device=x[0].device): return model(x[:n], there[:n])   # a detector draws boxes to learn from
     def kept():
-        one,*two = [saved_bytes(lambda: model(x[:n]), model, x) for n in (1,2)[:len(x)]]
+        one,*two = [saved_bytes(lambda: run(n), model, x) for n in (1,2)[:len(x)]]
         return one+(two[0]-one)*(len(x)-1) if two else one
     try:
-        model.eval()
+        model.train(there is not None)
         ours = kept()
         for o in parts: o.set_reversible(False)
         return ours,kept()
@@ -80,17 +85,18 @@ class PlainLog(Callback):
 @patch
 def before_batch(self:PlainLog):
     if not self.training or self.begin is not None or is_searching(self.learn): return
-    model,x = unwrapped(self.model),self.xb[0]
+    model,cuda = unwrapped(self.model),torch.device(self.dls.device or 'cpu').type=='cuda'
     if hasattr(model, 'set_reversible') and (self.plain or self.sinks or hasattr(self.learn, 'run_log')):
-        try: self.memory = step_memory(model, x)
+        try: self.memory = step_memory(model, *self.xb)
         except RuntimeError as e:
             if not out_of_memory(e): raise   # two items with stored activations may be too many
-        if x.is_cuda and torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats(x.device)
+        if cuda and torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats(self.dls.device)
     self.since = self.epoch_since = perf_counter()   # measuring took its time
     self.begin = self.since,self.pct_train
 
 def _right(pred, y, k=1):
     "How many answers are among the `k` likeliest, on the device; None where there are no classes"
+    if not torch.is_tensor(y): return None
     if y.is_floating_point() and y.ndim==2: y = y.argmax(-1)
     if pred.ndim!=2 or y.ndim!=1 or y.is_floating_point(): return None
     return (pred.detach().topk(min(k, pred.shape[-1]))[1]==y[:,None]).sum()
@@ -193,7 +199,7 @@ def _hear(self:PlainLog):
     self.sent = None
     loss,right = later.read().tolist()
     share = right/told['seen'] if told['seen'] else None
-    unit,left = 'clips' if self.xb[0].ndim>4 else 'images',told['left']
+    unit,left = 'clips' if getattr(self.xb[0], 'ndim', 0)>4 else 'images',told['left']
     said = [f"epoch {told['epoch']} of {self.n_epoch}, step {told['step']} of {len(self.dls.train)}: loss {loss:.4f}",
             *([] if share is None else [f'accuracy {100*share:.1f} %']), f"lr {told['lr']:.3g}",
             f"{speed_words(told['speed'])} {unit}/s", *([] if left is None else [f'{format_time(left)} left']),
@@ -205,7 +211,7 @@ def _hear(self:PlainLog):
 # %% ../../nbs/training/31b_progress.ipynb #873cc0d1
 def _word(k, v):
     "A figure of an epoch; shares of 1 are per cent"
-    if k in ('accuracy','top_5'): return f'{k} {100*v:.2f} %'
+    if k in ('accuracy','top_5','box_ap','box_ap50','mask_ap','mask_ap50'): return f'{k} {100*v:.2f} %'
     return f'{k} {v:.4f}' if isinstance(v, float) else f'{k} {v}'
 
 @patch

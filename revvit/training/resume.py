@@ -114,6 +114,11 @@ class KeepState(Callback):
         self.since,self.due = monotonic(),False
 
 # %% ../../nbs/training/34_resume.ipynb #29e1921f
+def _unchunked(args):
+    "Arguments of a model, or of a detector and its backbone, without chunks"
+    def at(k, v): return None if k=='chunk' else _unchunked(v) if isinstance(v, dict) else v
+    return {'chunk':None} | {k: at(k, v) for k,v in args.items()}
+
 def _restore(learn, content):
     "Put weights and optimizer of a state into a learner"
     t,model = content['extra'],learn.model.to(learn.dls.device)
@@ -126,7 +131,7 @@ def _restore(learn, content):
                              f"here it is {mine[k]!r}")
     # chunks may change when memory does, and an older version did not know all arguments
     usual = {k: o.default for k,o in inspect.signature(type(model)).parameters.items()}
-    theirs,mine = ({**usual, **o, 'chunk':None} for o in (content['model_args'], model.model_args))
+    theirs,mine = ({**usual, **_unchunked(o)} for o in (content['model_args'], model.model_args))
     if theirs!=mine: raise ValueError(f"{content['path']} belongs to another model: {content['model_args']}")
     model.load_state_dict(content['state_dict'])
     learn.create_opt()

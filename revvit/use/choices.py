@@ -10,10 +10,9 @@ import tempfile, timm
 from dataclasses import replace
 from pathlib import Path
 from fastai.torch_core import rank_distrib
-from ..data.class_folders import kind_of_data
 from ..models.checkpoints import LoadReport, load_checkpoint, save_checkpoint
 from ..models.files import read_checkpoint
-from ..training.own_data import own_recipe, read_recipe, sized_recipe
+from ..training.own_data import count_files, own_recipe, read_recipe, sized_recipe
 from ..training.recipes import Recipe, recipes
 from .inference import get_model, model_name, recognise_model
 
@@ -30,7 +29,7 @@ def named_recipe(
         return name,r
     name = name or 'digits'
     if name.startswith('fine_tune_') and name in recipes and data is not None:
-        return name,sized_recipe(name, kind_of_data(data, only=recipes[name].data)[1], weights is not None)
+        return name,sized_recipe(name, count_files(data, recipes[name].data)[1], weights is not None)
     if name in recipes: return name,recipes[name]
     path = Path(name)
     if path.suffix not in ('.json','.yaml','.yml'):
@@ -50,7 +49,7 @@ def _other_model(r, name):
 
 def _other_size(r, img_size, frames):
     "The recipe for images or clips of another size"
-    if r.data not in ('images','clips'):
+    if r.data not in ('images','clips','coco'):
         raise ValueError(f"the {r.data} have one size: leave --img-size and --frames out")
     if frames is not None and r.data!='clips': raise ValueError("--frames is for clips: leave it out for images")
     c,*t,h,w = r.image_cfg['input_size']
@@ -92,6 +91,7 @@ def fit_to_weights(
     if not _is_file(weights): return replace(r, model=model_name(str(weights)).split('.')[0])
     content = read_checkpoint(weights)
     if content.get('format')!='revvit': return replace(r, model=recognise_model(weights, content)[0])
+    if r.detector is not None: return _fit_detector(r, content)
     own = {k: v for k,v in content['model_args'].items()
            if k not in ('num_classes','in_chans','img_size','num_frames','chunk') and k not in r.model_args}
     size = tuple(content['input_settings']['input_size'])
@@ -100,6 +100,22 @@ def fit_to_weights(
     return replace(r, model=content['architecture'], model_args={**r.model_args, **own},
                    image_cfg={**r.image_cfg, 'input_size': size})
 
+# %% ../../nbs/use/45b_choices.ipynb #3e598962
+def _fit_detector(r, content):
+    "The recipe with the detector of a file, or with its classifier as the backbone"
+    told = dict(content['model_args'])
+    kept = told.pop('backbone') if 'backbone' in told else dict(model_args=told)
+    args = {k: v for k,v in kept.get('model_args', kept.get('args')).items()
+            if k not in ('num_classes','in_chans','chunk','global_pool') and (k=='img_size' or k not in r.model_args)}
+    name = kept.get('name') or content['architecture']
+    colours = {k: tuple(content['input_settings'][k]) for k in ('mean','std')}
+    r = replace(r, model=name, model_args={**r.model_args, **args}, image_cfg={**r.image_cfg, **colours})
+    if 'backbone' not in content['model_args']: return r
+    side = told.pop('max_size')
+    heads = {k: v for k,v in told.items() if k not in ('num_classes','image_mean','image_std','min_size')}
+    return replace(r, detector=heads, image_cfg={**r.image_cfg, 'input_size': (3,side,side)})
+
+# %% ../../nbs/use/45b_choices.ipynb #752aef86
 def start_from(
     model, # Filled in place
     weights:Path, # File of weights, or the name of published ones

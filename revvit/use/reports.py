@@ -23,7 +23,7 @@ class _TwoBatches(Callback):
     before_validate = before_train
     def after_batch(self):
         if self.loss.is_cuda: torch.cuda.synchronize(self.loss.device)
-        now,self.clips = perf_counter(),self.xb[0].ndim>4
+        now,self.clips = perf_counter(),getattr(self.xb[0], 'ndim', 0)>4
         self.took[self.training],self.since = now-self.since,now
         if self.iter: raise CancelTrainException() if self.training else CancelValidException()
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['claim_run', 'newest_checkpoint', 'set_modes', 'recipe_settings', 'run_config', 'fit_run', 'write_held_out',
-           'run_held_out', 'sample_digit', 'accuracy_line']
+           'run_held_out', 'sample_digit', 'held_out_line', 'accuracy_line']
 
 # %% ../../nbs/use/45_runs.ipynb #5b1e9a07
 import csv, itertools, os, platform, time
@@ -182,6 +182,16 @@ def sample_digit(
     i = hold_out(labels, 36)[1][0]
     Image.fromarray(images[i]).save(out/f'digit_{labels[i]}.png')
     return out/f'digit_{labels[i]}.png'
+
+def held_out_line(
+    learn, # After `fit`
+)->str:
+    "How good the last epoch was, by what was measured in training"
+    row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
+    n = len(learn.dls.valid_ds)
+    if 'accuracy' in row: return f"{100*row['accuracy']:.2f} % of {n} test images right"
+    named = [f"{k.replace('_ap', ' AP')} {100*v:.1f} %" for k,v in row.items() if '_ap' in k and v is not None]
+    return f"{', '.join(named)} on {n} held-out images"
 
 def accuracy_line(
     out:Path, # Folder of the run

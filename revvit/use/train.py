@@ -15,8 +15,8 @@ from fastcore.basics import store_attr
 from ..core.device import allow_tf32, pick_device
 from ..models.files import write_file
 from .command import FlagGroup, all_flags, command
-from .runs import (accuracy_line, claim_run, fit_run, recipe_settings, run_config, sample_digit,
-    set_modes, write_held_out)
+from .runs import (accuracy_line, claim_run, fit_run, held_out_line, recipe_settings, run_config,
+    sample_digit, set_modes, write_held_out)
 
 # %% ../../nbs/use/46_train.ipynb #d2ca001d
 def _check_flags(flags):
@@ -39,11 +39,17 @@ def _check_flags(flags):
 
 def _own_data(r, flags):
     "Where the data are, and keywords for their loader"
+    from revvit.data.scenes import is_coco
     data,workers,root = flags.data,flags.workers,flags.root
     if r.data=='digits':
         if data: raise ValueError("the recipe digits brings its own data: leave --data out")
         return None,dict(workers=workers or 0)
-    if r.data!='moving_digits' and workers is None:
+    if data and r.detector is None and is_coco(data):
+        raise ValueError(f"{data} is in COCO's format, with things to detect: the recipe fine_tune_coco is for it, or "
+                         "leave --recipe out")
+    if r.detector is not None and flags.allow_shared:
+        raise ValueError("--allow-shared is for folders of classes: leave it out for things to detect")
+    if not r.data.endswith('digits') and workers is None:
         workers = max(1, min(16, os.cpu_count()//int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
     if root and r.data!='clips': raise ValueError(f"--root is for lists of videos: leave it out for {r.data}")
     return data,dict(workers=workers or 0, on_bad=flags.on_bad, **({'root': str(root)} if root else {}),
@@ -123,9 +129,10 @@ def _finish(learn, r, flags, took):
     from revvit.training.learner import plot_history
     out,device = flags.out,learn.dls.device
     plot_history(learn, out/'history.png')
-    best = f"{100*learn.recorder.values[-1][2]:.2f} % of {len(learn.dls.valid_ds)} test images right"
+    best = held_out_line(learn)
     elsewhere = '' if out.parent==Path('runs') else f" --weights {shlex.quote(str(out/'checkpoint.pth'))}"
-    if r.data=='digits': sample = sample_digit(out)
+    if r.detector is not None: sample = learn.dls.valid.dataset.items[0]
+    elif r.data=='digits': sample = sample_digit(out)
     elif r.data=='moving_digits':
         from revvit.data.moving_digits import moving_digits
         folder = moving_digits(flags.data)
@@ -169,20 +176,21 @@ def _run(flags):
 class DataFlags(FlagGroup):
     "Data"
     def __init__(self,
-        # What to train: digits, moving_digits, rev_vit_s, rev_vit_b, rev_mvit_b, rev_mvit_b_16x4, fine_tune_images or
-        # fine_tune_clips, or a file (.json, .yaml), such as the config.json of a run; by default what fits --data,
-        # and without --data the digits
+        # What to train: digits, moving_digits, scattered_digits, rev_vit_s, rev_vit_b, rev_mvit_b, rev_mvit_b_16x4,
+        # mask_rcnn_rev_mvit_b, fine_tune_images, fine_tune_clips or fine_tune_coco, or a file (.json, .yaml), such as
+        # the config.json of a run; by default what fits --data, and without --data the digits
         recipe:str|None=None,
         # Folder with a folder of images or of videos for each class, in train/ and val/ or not: then a fifth is held
-        # out by --seed; or for videos with the lists train.csv and val.csv of lines "path label"; moving_digits are
-        # written there if need be, by default in the user's cache
+        # out by --seed; or for videos with the lists train.csv and val.csv of lines "path label"; to detect, images
+        # and instances_train*.json and instances_val*.json, or train/ and valid/ with _annotations.coco.json;
+        # moving_digits and scattered_digits are written there if need be, by default in the user's cache
         data:Path|None=None,
         print_recipe:bool=False, # Print the recipe as it would be trained, as JSON for --recipe, and end
         root:Path|None=None, # Where relative paths in lists of videos start; by default the folder of the list
         # Processes that read data; by default 0 for the digits, else one for each core, at most 16
         workers:int|None=None,
         # Files that cannot be read: raise ends the run with the first, skip leaves out and counts them; by default
-        # skip for fine_tune_images and fine_tune_clips, else raise
+        # skip for fine_tune_images, fine_tune_clips and fine_tune_coco, else raise
         on_bad:str|None=None,
         # Accept a file that is in the training and in the test data; by default that is an error
         allow_shared:bool=False,
@@ -255,7 +263,7 @@ class SavingFlags(FlagGroup):
         save_steps:int|None=None, # Save the state every so many steps too, 1 for each; by default after each epoch
         # Save the state whenever so many minutes have passed; by default after each epoch
         save_minutes:float|None=None,
-        # Write checkpoint-best.pth too, after each epoch with a higher held-out accuracy than all before
+        # Write checkpoint-best.pth too, after each epoch with a higher held-out accuracy, or AP, than all before
         save_best:bool=False,
     ): store_attr()
 
