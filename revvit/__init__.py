@@ -44,6 +44,7 @@ _later = {'revvit.core.memory': ('live_bytes', 'live_trace', 'peak_bytes', 'per_
           'revvit.training.distributed': ('distribute', 'join_group', 'leave_group'),
           'revvit.training.resume': ('keep_state',),
           'revvit.use.inference': ('class_names', 'extract_feat', 'get_model', 'inference_model'),
+          'revvit.use.detection': ('draw_things', 'inference_detector'),
           'revvit.use.evaluation': ('eval_loader', 'evaluate'),
           'revvit.use.memory_need': ('memory',)}
 _home = {name: module for module,names in _later.items() for name in names}

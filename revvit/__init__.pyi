@@ -33,5 +33,6 @@ from .training.distributed import distribute as distribute, join_group as join_g
 from .training.resume import keep_state as keep_state
 from .use.inference import (class_names as class_names, extract_feat as extract_feat, get_model as get_model,
     inference_model as inference_model)
+from .use.detection import draw_things as draw_things, inference_detector as inference_detector
 from .use.evaluation import eval_loader as eval_loader, evaluate as evaluate
 from .use.memory_need import memory as memory

@@ -206,7 +206,7 @@ def test_json_and_several_files(work, here):
                                          'layer-decay backbone-lr accumulate clip step-in-backward out epochs '
                                          'batch-size lr workers seed amp weights resume save-steps save-minutes chunk '
                                          'keep exact no-exact'), ('revvit_predict', 'weights model top views crops '
-                                             'batch-size workers classes features device json version'),
+                                             'batch-size workers classes features device draw min-score json version'),
     ('revvit_test', 'data root on-bad weights model batch-size workers views crops classes device per-class confusion '
                     'predictions json version'),
     ('revvit_memory', 'batch-size img-size frames classes dtype optimizer step-in-backward keep exact no-exact rewire '

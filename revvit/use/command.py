@@ -117,7 +117,8 @@ def _ended(func, e):
     if reader_killed(e):
         return 2,"a process that reads files was killed, most often for want of memory"+helps('workers', 'batch_size')
     if isinstance(e, (FloatingPointError, ChildProcessError)): return 1,one_sentence(e)
-    if not isinstance(e, (ValueError, OSError)): return None,None
+    lacks = isinstance(e, ImportError) and 'pip install' in str(e)   # of those that need not be there
+    if not (lacks or isinstance(e, (ValueError, OSError))): return None,None
     from revvit.data.loader import UnreadableFile
     skip = "; --on-bad skip leaves out what cannot be read" if 'on_bad' in flags_of(func) else ''
     return 2,_in_flags(func, one_sentence(e))+(skip if isinstance(e, UnreadableFile) else '')

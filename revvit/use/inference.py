@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['aliases', 'public_names', 'class_names', 'name_classes', 'check_amp', 'evaluating', 'input_like', 'to_float64',
            'model_name', 'recognise_model', 'get_model', 'predict_views', 'check_probs', 'predict_file',
-           'describe_probs', 'batch_size_for', 'inference_model', 'extract_feat']
+           'describe_probs', 'ready_model', 'batch_size_for', 'inference_model', 'extract_feat']
 
 # %% ../../nbs/use/40_inference.ipynb #c728a1d0
 import pickle, sys
@@ -211,7 +211,11 @@ def describe_probs(
     return dict(pred_label=i, pred_score=probs[i].item(), pred_scores=probs.tolist(), pred_class=class_names(model)[i])
 
 # %% ../../nbs/use/40_inference.ipynb #88cde988
-def _ready(model_or_name, weights, device):
+def ready_model(
+    model_or_name, # A model, or a name for `get_model`; None to take it from `weights`
+    weights:str|Path|None=None, # File of weights, with a name or None
+    device:str|torch.device|None=None, # Where to compute; None leaves a model where it is
+)->nn.Module:
     "A model as it is, or the one of that name"
     if not isinstance(model_or_name, nn.Module): return get_model(model_or_name, weights, device)
     if weights is not None:
@@ -247,7 +251,7 @@ def inference_model(
     bs:int|None=None, # Items of a list that go through the model together; None for 32 images or 20 clips
 )->dict|list: # `pred_label`, `pred_score`, `pred_scores` (a list over all classes) and `pred_class`; for a list a list
     "Recognise an image or a video, or several"
-    model,several = _ready(model_or_name, weights, device),isinstance(item, (list,tuple))
+    model,several = ready_model(model_or_name, weights, device),isinstance(item, (list,tuple))
     out = [describe_probs(model, p) for p,_ in _predict(model, item if several else [item], views, crops, bs)]
     return out if several else out[0]
 
@@ -262,6 +266,6 @@ def extract_feat(
     bs:int|None=None, # Items of a list that go through the model together; None for 32 images or 20 clips
 )->torch.Tensor|list: # (num_features,), float32, on the CPU; for a list a list
     "Pooled features of an image or a video, or of several"
-    model,several = _ready(model_or_name, weights, device),isinstance(item, (list,tuple))
+    model,several = ready_model(model_or_name, weights, device),isinstance(item, (list,tuple))
     out = [f.float() for _,f in _predict(model, item if several else [item], views, crops, bs)]
     return out if several else out[0]

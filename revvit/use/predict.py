@@ -80,9 +80,15 @@ def _in_percent(o): return f"{o['pred_class']} ({100*o['pred_score']:.1f} %)"
 class Answers(FlagGroup):
     "Saying"
     def __init__(self,
-        top:int=5, # Classes to name for each file, the most probable first
+        # Classes to name for each file, the most probable first, by default 5; of a detector things in an image at
+        # most, by default 100
+        top:int|None=None,
+        min_score:float|None=None, # Of a detector: things surer than this are found, 0 to 1, by default 0.5
+        draw:Path|None=None, # Of a detector: folder to write pictures to, with boxes, masks, names and scores
         features:Path|None=None, # NumPy archive (.npz) to write, with the pooled features of each file under its name
-        json:bool=False, # Print a JSON list, with the probabilities of all classes and the --top classes by name
+        # Print a JSON list, with the probabilities of all classes and the --top classes by name; of a detector things,
+        # with boxes as left, top, width and height in pixels and masks as COCO's run lengths
+        json:bool=False,
     ): store_attr()
 
 # %% ../../nbs/use/47_predict.ipynb #20b1ec43
@@ -95,14 +101,19 @@ def revvit_predict(
     look:Looking,
     say:Answers,
 ):
-    "Name what is in images and videos, with probabilities in percent."
+    "Name what is in images and videos, with probabilities in percent, or find things in images with a detector."
     from revvit.data.from_files import image_suffixes, video_suffixes
     from revvit.use.inference import check_amp, class_names, describe_probs
     from revvit.use.many import find_files, predict_files, saved_input
-    from revvit.use.reader import takes_clips
+    from revvit.use.reader import is_detector, takes_clips
     check_amp(look.amp)
     if say.features: _check_out(say.features)
     m = _model_for(which, look.device)
+    if is_detector(m):
+        from revvit.use.detect import predict_things
+        return predict_things(m, files, look, say)
+    if say.draw or say.min_score is not None: raise ValueError("--draw and --min-score are for a detector, and "
+                                                              f"{which.weights or which.model} names images")
     found,notes,faults = find_files(files, video_suffixes if takes_clips(m) else image_suffixes)
     _say(*notes, *faults)
     names,answers,feats,code = class_names(m),[],{},2 if faults else 0
@@ -115,7 +126,7 @@ def revvit_predict(
                 continue
             probs,feat = o
             if say.features: feats[f] = feat.float().numpy()
-            best = _best(m, probs, names, say.top)
+            best = _best(m, probs, names, say.top or 5)
             if say.json: answers.append(dict(file=f, **describe_probs(m, probs), top=best))
             else: print(f"{f}: {', '.join(map(_in_percent, best))}", flush=True)
     if say.json: print(dumps(answers, indent=1))
@@ -135,22 +146,25 @@ class TestData(FlagGroup):
     "Data"
     def __init__(self,
         # Folder with one folder of images or videos per class, or one with such a folder val; or a list with a line
-        # "path label" for each file; for videos also a folder with the list val.csv
+        # "path label" for each file; for videos also a folder with the list val.csv; for a detector a folder in COCO's
+        # format with instances_val*.json or, as Roboflow's, valid/_annotations.coco.json, or such a file
         data:Path,
         # Of a folder without val: all files, or held-out, those that the run which wrote --weights did not train on;
         # by default held-out if the run was trained on this folder, else all
         part:str|None=None,
-        root:Path|None=None, # Where relative paths in a list of videos start; by default the folder of the list
+        # Where relative paths in a list of videos, or in a file of COCO's format, start; by default the folder of the
+        # list, or where COCO's format has the images
+        root:Path|None=None,
         on_bad:str='raise', # A file that cannot be read: raise, or skip to count the others and say how many are out
     ): store_attr()
 
 class Report(FlagGroup):
     "Saying"
     def __init__(self,
-        per_class:bool=False, # Print the accuracy of each class too
+        per_class:bool=False, # Print the accuracy, or AP, of each class too
         confusion:Path|None=None, # File to write (.png or .csv): how many files of each class were taken for which
         predictions:Path|None=None, # File to write (.csv): of each file its label, what it was taken for, how probable
-        json:bool=False, # Print a JSON dictionary; top1 and top5 in it are from 0 to 1
+        json:bool=False, # Print a JSON dictionary; top1, top5 and AP in it are from 0 to 1
     ): store_attr()
 
 # %% ../../nbs/use/47_predict.ipynb #52ac95fb
@@ -176,14 +190,21 @@ def _print_report(data, res, classes, faults, json):
 # %% ../../nbs/use/47_predict.ipynb #9c70b022
 @command
 def revvit_test(test:TestData, which:WhichModel, look:Looking, say:Report):
-    "Measure the accuracy of a model on images or videos: top-1 and top-5 in percent."
+    "Measure the accuracy of a model on images or videos, top-1 and top-5 in percent, or the AP of a detector."
     from revvit.use.evaluation import (accuracy, check_report, eval_loader, judge, per_class, write_confusion,
                                        write_predictions)
+    from revvit.data.scenes import is_coco
     from revvit.use.inference import check_amp, class_names
+    from revvit.use.reader import is_detector
     check_amp(look.amp)
     if say.confusion: check_report(say.confusion, ('.png','.csv'))
     if say.predictions: check_report(say.predictions, ('.csv',))
     m,workers = _model_for(which, look.device),min(8, os.cpu_count() or 1) if look.workers is None else look.workers
+    if is_detector(m):
+        from revvit.use.detect import test_things
+        return test_things(m, test, look, say)
+    if is_coco(test.data): raise ValueError(f"{test.data}: things in images, in COCO's format, on which a detector is "
+                                            f"tested, and {which.weights or which.model} names images")
     with _spoken('revvit_test'):
         dl = eval_loader(m, _tested(test, which.weights), look.batch_size, workers, look.views, test.root, look.crops,
                          test.on_bad)
