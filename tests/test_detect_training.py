@@ -1,6 +1,6 @@
 """Detectors in the Learner and in `revvit_train`: the table, the files of a run, states and the same bits after a kill,
 two processes, what is refused, what is chosen for a folder. Tiny detectors on a few canvases of 48 pixels."""
-import csv, json, os, signal, sys, time
+import csv, json, os, shutil, signal, socket, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,6 +85,13 @@ def test_a_step_in_the_backward_pass_makes_the_same_weights(folder):
     a,b = (fitted(made(folder, replace(TINY, epochs=1, clip=None, step_in_backward=o))) for o in (False,True))
     assert same_weights(a.model, b.model)
 
+def test_fastais_search_for_a_rate(folder):
+    learn = made(folder)
+    before = {k: v.clone() for k,v in learn.model.state_dict().items()}
+    with learn.no_bar(): assert learn.lr_find(num_it=6, show_plot=False).valley>0
+    assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
+    with pytest.raises(ValueError, match='this learner.s two are for weight decay'): learn.fine_tune(1)
+
 def test_rates_by_layers():
     rates = layer_rates(recipe_model(TINY, 10), 1., layer_decay=.5)
     assert rates == [.5**i for i in range(len(rates))][::-1] and len(rates) == 5   # patches, three blocks, the rest
@@ -158,6 +165,61 @@ def test_killed_and_resumed(warm, folder, tmp_path):
     a,b = (read_checkpoint(tmp_path/o/'checkpoint.pth')['state_dict'] for o in ('whole','killed'))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
+# ---------------------------------------------------------------- two processes
+
+PAIR = """
+import hashlib, json
+from revvit.data.average_precision import detections
+from revvit.training import detect
+from revvit.training.distributed import distribute, join_group, leave_group
+from revvit.training.learner import learner
+from revvit.training.recipes import recipe_dls
+from revvit.models.checkpoints import save_checkpoint
+join_group()
+counted,measure = [],detect.average_precision
+def noted(found, *args):
+    counted.append(len(found))
+    return measure(found, *args)
+detect.average_precision = noted
+learn = distribute(learner(recipe_dls(TINY, sys.argv[1], device='cpu'), TINY))
+with learn.no_bar(), learn.no_logging(): learn.fit(2)
+found = [(o['image_id'],o['category_id'],o['score']) for o in detections(learn.model, learn.dls.valid, progress=False)]
+weights = b''.join(v.numpy().tobytes() for v in learn.model.state_dict().values())
+said = dict(values=[[*o] for o in learn.recorder.values], found=found, counted=counted, share=learn.dls.valid.get_idxs(),
+            weights=hashlib.sha256(weights).hexdigest())
+json.dump(said, open(f"{os.environ['RANK']}.json", 'w'))
+if os.environ['RANK']=='0': save_checkpoint(learn.model, 'both.pth')
+leave_group()
+"""
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+def test_two_processes(warm, folder, tmp_path):
+    "Gradients are averaged, and each held-out image is counted once"
+    from revvit.data.average_precision import detections
+    env = {**os.environ, 'PYTHONPATH': str(Path(revvit.__file__).parents[1]), 'MASTER_ADDR': '127.0.0.1',
+           'MASTER_PORT': str(free_port()), 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2'}
+    code = 'import os\n'+SETUP.format(tests=str(Path(__file__).parent))+PAIR
+    both = [warm.started(['-c', code, str(folder)], cwd=tmp_path, env={**env, 'RANK': str(i), 'LOCAL_RANK': str(i)})
+            for i in (0,1)]
+    assert [p.wait() for p in both] == [0,0]
+    a,b = (json.loads((tmp_path/f'{i}.json').read_text()) for i in (0,1))
+    assert (a['share'],b['share']) == ([0,2,4],[1,3])
+    for k in ('values','found','counted','weights'):
+        if k!='values': assert a[k] == b[k], k
+    assert [o[2:] for o in a['values']] == [o[2:] for o in b['values']]   # the first is each one's own training loss
+    net = revvit.load_model(tmp_path/'both.pth')
+    alone = detections(net, recipe_dls(TINY, folder, device='cpu').valid, progress=False)
+    want = sorted((o['image_id'],o['category_id'],o['score']) for o in alone)
+    assert want and a['counted'][-1] == len(want)
+    got = sorted(map(tuple, a['found']))
+    assert [o[:2] for o in got] == [o[:2] for o in want]
+    assert [o[2] for o in got] == pytest.approx([o[2] for o in want], abs=1e-5)
+    assert not same_weights(net, recipe_model(TINY, 10))
+
 # ---------------------------------------------------------------- recipes and folders
 
 @pytest.mark.parametrize('name', ['mask_rcnn_rev_mvit_b','scattered_digits','fine_tune_coco'])
@@ -177,8 +239,20 @@ def test_the_published_numbers_again():
 def test_a_folder_finds_its_recipe(folder):
     name,r,why = own_recipe(folder)
     assert (name,r.model,r.batch_size) == ('fine_tune_coco','revmvit_tiny_224',1)
-    assert 'holds 12 training images with boxes' in why and named_recipe('fine_tune_coco', folder)[1] == r
+    assert 'holds 12 training images with boxes and masks' in why and named_recipe('fine_tune_coco', folder)[1] == r
     assert changed_recipe(r, img_size=64).image_cfg['input_size'] == (3,64,64)
+
+def test_boxes_without_outlines(folder, tmp_path, here):
+    "As many tools export them: Faster R-CNN learns from them"
+    shutil.copytree(folder, tmp_path/'boxes')
+    for o in (tmp_path/'boxes').glob('*.json'):
+        content = json.loads(o.read_text())
+        for a in content['annotations']: a['segmentation'] = []
+        o.write_text(json.dumps(content))
+    name,r,why = own_recipe(tmp_path/'boxes')
+    assert r.detector['masks'] is False and 'training images with boxes, in' in why
+    code,out,err = here('--data', tmp_path/'boxes', '--img-size', 64, '--dry-run')
+    assert code == 0 and 'one step of 1 images' in out, err
 
 def test_a_recipe_fits_weights(folder, tmp_path):
     net = recipe_model(TINY, 4)

@@ -12,7 +12,7 @@ from pathlib import Path
 from fastai.torch_core import rank_distrib
 from ..models.checkpoints import LoadReport, load_checkpoint, save_checkpoint
 from ..models.files import read_checkpoint
-from ..training.own_data import count_files, own_recipe, read_recipe, sized_recipe
+from ..training.own_data import data_recipe, own_recipe, read_recipe
 from ..training.recipes import Recipe, recipes
 from .inference import get_model, model_name, recognise_model
 
@@ -29,7 +29,7 @@ def named_recipe(
         return name,r
     name = name or 'digits'
     if name.startswith('fine_tune_') and name in recipes and data is not None:
-        return name,sized_recipe(name, count_files(data, recipes[name].data)[1], weights is not None)
+        return name,data_recipe(name, data, weights is not None)[0]
     if name in recipes: return name,recipes[name]
     path = Path(name)
     if path.suffix not in ('.json','.yaml','.yml'):
