@@ -185,8 +185,8 @@ learn = distribute(learner(recipe_dls(TINY, sys.argv[1], device='cpu'), TINY))
 with learn.no_bar(), learn.no_logging(): learn.fit(2)
 found = [(o['image_id'],o['category_id'],o['score']) for o in detections(learn.model, learn.dls.valid, progress=False)]
 weights = b''.join(v.numpy().tobytes() for v in learn.model.state_dict().values())
-said = dict(values=[[*o] for o in learn.recorder.values], found=found, counted=counted, share=learn.dls.valid.get_idxs(),
-            weights=hashlib.sha256(weights).hexdigest())
+said = dict(values=[[*o] for o in learn.recorder.values], found=found, counted=counted,
+            share=learn.dls.valid.get_idxs(), weights=hashlib.sha256(weights).hexdigest())
 json.dump(said, open(f"{os.environ['RANK']}.json", 'w'))
 if os.environ['RANK']=='0': save_checkpoint(learn.model, 'both.pth')
 leave_group()
@@ -299,7 +299,7 @@ def test_from_weights(here, folder, tmp_path):
     assert code == 0 and 'left out as asked: roi_heads.box_predictor' in out
 
 @pytest.mark.parametrize('args,says', [
-    (('--recipe','rev_vit_s','--data','FOLDER'), "is in COCO's format, with things to detect: the recipe"),
+    (('--recipe','rev_vit_s','--data','FOLDER'), "is in COCO's format, with things to detect"),
     (('--data','FOLDER','--allow-shared'), '--allow-shared is for folders of classes'),
     (('--data','FOLDER','--frames','4'), '--frames is for clips'),
     (('--recipe','mask_rcnn_rev_mvit_b'), 'say where they are (--data)'),
