@@ -16,6 +16,7 @@ from torch import nn
 from torch.autograd import Function
 from .coupling import couple, uncouple
 from .exact import Snap
+from .near import couple_near
 from .state import *
 from .replay import *
 from .context import given_to
@@ -23,7 +24,7 @@ from .dial import chunk_size, is_large
 from .half import kernel_for, make_call
 
 # %% ../../nbs/core/06_block.ipynb #2b340db7
-_OWN = {'self','x','x1','x2','y1','y2','tail','chunk','exact'}   # what sequences and blocks are called with
+_OWN = {'self','x','x1','x2','y1','y2','tail','chunk','exact','near'}   # what sequences and blocks are called with
 
 class ReversibleBlock(nn.Module):
     "Two-stream residual block: `y1 = x1 + f(x2)`, then `y2 = x2 + g(y1)`"
@@ -80,12 +81,13 @@ def calls(self:ReversibleBlock,
     x:torch.Tensor, # A stream, images first
     chunk:int, # Images at a time
     context:dict|None=None, # Context arguments of this block
+    near:float|None=None, # Share of the older stream that stays; None for all of it, and its sum
 )->tuple: # Two `Call`s
     "`f` and `g` as calls on images like `x`, with drop path drawn"
     scale,(a,b) = self.scale(),self.survivors(x)
     fc,gc = (given_to(o, context) if context else None for o in (self.f_takes,self.g_takes))
-    f = make_call(self.f, f'f of block {i}', x, chunk, a, scale, fc)
-    return f,make_call(self.g, f'g of block {i}', x, chunk, b, scale, gc)
+    f = make_call(self.f, f'f of block {i}', x, chunk, a, scale, fc, near)
+    return f,make_call(self.g, f'g of block {i}', x, chunk, b, scale, gc, near)
 
 # %% ../../nbs/core/06_block.ipynb #1a7e61ce
 class _Pieces(Function):
@@ -157,7 +159,9 @@ class _StoredHalf:
         self.m,self.rows,self.scale,self.chunk,self.exact,self.given = m,rows,scale,chunk,exact,given
     def __call__(self, x):
         given = self.given
-        if self.rows is None: o = stored_call(self.m, (x,), self.chunk, self.exact, given)
+        if self.rows is None:
+            o = stored_call(self.m, (x,), self.chunk, self.exact, given)
+            if self.scale!=1: o = o*self.scale
         else:
             (part,),n = take((x,), self.rows)
             if given: given = given.holding(given.cut(self.rows))
@@ -220,14 +224,16 @@ def forward(self:ReversibleBlock,
     x2:torch.Tensor, # Second stream
     chunk:int|None=None, # Images at a time for layers that draw random numbers, and in the exact mode
     exact:bool=False, # Round to the grid of the exact mode
+    near:float|None=None, # Share of the older stream that stays; None for all of it, and its sum
     **context, # Context arguments: tensors, `PerImage`, or any other values
 ):
     if _alone(self, (x1,x2)):
         why = 'it is called by itself (give it to a ReversibleSequence)'
-        return _say_stored(self, self.forward, 'a ReversibleBlock', why, x1, x2, chunk, exact, **context)
-    (a,b),scale = self.survivors(x1),self.scale()
+        return _say_stored(self, self.forward, 'a ReversibleBlock', why, x1, x2, chunk, exact, near, **context)
+    (a,b),scale = self.survivors(x1),self.scale()*(1+(near or 0))
     f = _StoredHalf(self.f, a, scale, chunk, exact, given_to(self.f_takes, context))
-    return couple(x1, x2, f, _StoredHalf(self.g, b, scale, chunk, exact, given_to(self.g_takes, context)))
+    g = _StoredHalf(self.g, b, scale, chunk, exact, given_to(self.g_takes, context))
+    return couple(x1, x2, f, g) if near is None else couple_near(x1, x2, f, g, near, exact)
 
 @patch
 def inverse(self:ReversibleBlock,

@@ -92,9 +92,11 @@ class _Block(Function):
     @staticmethod
     def forward(ctx, x1, x2, tape, f, g, keep, *params):
         if not any(ctx.needs_input_grad[:2]) and any(ctx.needs_input_grad[6:]): tape.begin(x1, x2)
-        if keep: ctx.save_for_backward(x2.clone())
+        kept = x2.clone() if keep else None
         half_forward(f, x2, x1, tape.exact)
         half_forward(g, x1, x2, tape.exact)
+        ctx.save_for_backward(kept, f.lost, g.lost)
+        f.lost = g.lost = None
         ctx.tape,ctx.f,ctx.g,ctx.keep = tape,f,g,keep
         ctx.mark_dirty(x1, x2)
         ctx.set_materialize_grads(False)
@@ -103,14 +105,16 @@ class _Block(Function):
     def backward(ctx, d1, d2):
         t,f,g,ds = ctx.tape,ctx.f,ctx.g,[d1,d2]
         needs,n,k,used = ctx.needs_input_grad[6:],len(f.params),len(g.params)+len(g.context),[d is not None for d in ds]
+        kept,f.lost,g.lost = ctx.saved_tensors
         with t:
             d1,d2 = (torch.zeros_like(y) if d is None else d for d,y in zip(ds, (t.y1,t.y2)))
             gg,fed = half_backward(g, t.y1, t.y2, d1, d2, needs[n:n+k], t.exact, used[1], not ctx.keep)
-            if ctx.keep: t.y2.copy_(ctx.saved_tensors[0])
+            if ctx.keep: t.y2.copy_(kept)
             used[0] |= fed
             gf,fed = half_backward(f, t.y2, t.y1, d2, d1, needs[:n]+needs[n+k:], t.exact, used[0])
             used[1] |= fed
             if not any(ctx.needs_input_grad[:2]): t.finish()
+        f.lost = g.lost = None
         return *(d if u else None for d,u in zip((d1,d2), used)),None,None,None,None,*gf[:n],*gg,*gf[n:]
 
 # %% ../../nbs/core/05_engine.ipynb #b182e58e

@@ -10,6 +10,7 @@ import torch, warnings
 from contextlib import nullcontext
 from torch import nn
 from .exact import add_
+from .near import lean_off, lean_on
 from .state import *
 from .replay import *
 from .context import ContextCall, Given
@@ -63,14 +64,18 @@ def make_call(
     rows:torch.Tensor|None=None, # Indices of the images that it works on; None for all
     scale:float=1., # What the result is multiplied by
     given:Given|None=None, # Context arguments
+    near:float|None=None, # Share of the stream it is added to that stays; None for all of it
 )->Call:
     "A call of `m`, by its own backward pass where it has one that fits"
     kernel = kernel_for(m, x, chunk) if given is None else None
     record = Record(m, kernel and kernel.modules)
-    if kernel is not None: return _Fused(kernel, record, name, x, chunk, rows, scale)
-    if m.training: refuse_statistics(name, m, record.modules)   # it may have been put there since
-    if given is not None: return ContextCall(given, record, name, x, chunk, rows, scale)
-    return Call(record, name, x, chunk, rows, scale)
+    args = record,name,x,chunk,rows,scale if near is None else scale*(1+near)
+    if kernel is not None: call = _Fused(kernel, *args)
+    else:
+        if m.training: refuse_statistics(name, m, record.modules)   # it may have been put there since
+        call = Call(*args) if given is None else ContextCall(given, *args)
+    call.near = near
+    return call
 
 # %% ../../nbs/core/04a_half.ipynb #87a88a4e
 def _leave_to_others(x, before):
@@ -87,6 +92,7 @@ def half_forward(
 ):
     "`dst += m(src)` in place, a part at a time"
     before = storage_users(src)
+    if call.near is not None: call.lost = lean_on(dst, src, call.near)
     for rows,o in call.each(src): add_(dst, rows, o, 1, exact)
     o = None
     if _leave_to_others(src, before):
@@ -116,6 +122,11 @@ def accumulate(
         else: acc[i] = acc[i].add_(g) if dense else acc[i]+g
 
 # %% ../../nbs/core/04a_half.ipynb #b7d2e9a1
+def _skip_back(dsrc, ddst, near):
+    "Gradient of the share that comes from the stream that is read, some images at a time"
+    n = max(1, 2**16//max(1, ddst[:1].numel()) if ddst.device.type=='cpu' else len(ddst))
+    for a,b in zip(dsrc.split(n), ddst.split(n)): a.add_(b*(1-near))
+
 def half_backward(
     call:Call, # Of F or G, as for `half_forward`
     src:torch.Tensor, # The stream that it reads
@@ -129,7 +140,8 @@ def half_backward(
 )->tuple: # Gradients of the parameters, and whether `src` has one
     "Undo `dst += m(src)`, with gradients"
     call.prepare(needs)
-    fed,acc,before = False,[None]*len(needs),storage_users(src)
+    acc,before,fed = [None]*len(needs),storage_users(src),used and call.near is not None
+    if fed: _skip_back(dsrc, ddst, call.near)
     taken = None if isinstance(call, _Fused) else {o.untyped_storage().data_ptr() for o in (ddst,dsrc)}
     for i in reversed(range(len(call.parts))):
         rows = call.parts[i]
@@ -140,5 +152,7 @@ def half_backward(
         if used: accumulate(acc, gp, taken)
         del o,gx,gp,d
     call.done()
+    if rebuild and call.near is not None: lean_off(dst, src, call.near, call.lost)
+    if used and call.near is not None: ddst.mul_(call.near)
     _leave_to_others(src, before)
     return acc,fed

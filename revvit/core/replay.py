@@ -77,6 +77,7 @@ def take(
 class Call:
     "One call of `m` on some images, with what repeating it needs"
     kwargs,context = {},()   # what the module is given beside streams, and what of that needs a gradient
+    near = lost = None   # a share of what it is added to, and the bits that the share loses
     def __init__(self,
         record:Record, # Of F, G or a tail
         name:str, # What messages call it

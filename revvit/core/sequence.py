@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 from .coupling import check_alike, describe
 from .exact import GRID, Snap, grid, hear
+from .near import check_near
 from .state import amp_dtype, transforming
 from .context import check_context, for_block, tensors_given
 from .dial import Plan, check_keep, chunk_size, spend, stored_bytes, tail_chunk_size
@@ -25,16 +26,19 @@ from .block import ReversibleBlock, by_sequence, run_stored, stored_call, why_st
 class ReversibleSequence(nn.ModuleList):
     "Blocks one after another, their activations rebuilt instead of stored"
     inverse:Callable[...,tuple[torch.Tensor,torch.Tensor]]   # below
+    near = None   # for those that were pickled before there was any
 
     def __init__(self,
         blocks=(), # `ReversibleBlock`s, in order
         chunk:int|None=None, # Images at a time, in forward and backward; by default `chunk_size`
         name:str='', # What messages call it
         from_zero:bool=False, # Whether images may begin as zero in training, where rounding errors are all there is
+        near:float|None=None, # 1/2 or 1/4: share of the older stream that stays, as in `couple_near`; None for all of it
     ):
         super().__init__(blocks)
         if chunk is not None and chunk<1: raise ValueError(f"chunk must be at least 1 image, got {chunk}")
-        self.chunk,self.name,self.from_zero = chunk,name,from_zero
+        check_near(near)
+        self.chunk,self.name,self.from_zero,self.near = chunk,name,from_zero,near
         self.set_reversible()
 
     def set_reversible(self,
@@ -44,12 +48,14 @@ class ReversibleSequence(nn.ModuleList):
     ):
         "Rebuild activations in the backward pass, or store them"
         check_keep(keep)
+        if on and exact is False and self.near is not None:
+            raise ValueError("with near, streams are rebuilt on the grid or not at all: leave exact=False out")
         self.reversible,self.keep,self.exact = on,keep,exact
 
     def __getitem__(self, i):
         part = super().__getitem__(i)
         if isinstance(i, slice):
-            part.chunk,part.name,part.from_zero = self.chunk,self.name,self.from_zero
+            part.chunk,part.name,part.from_zero,part.near = self.chunk,self.name,self.from_zero,self.near
             part.set_reversible(self.reversible, self.keep, self.exact)
         return part
 
@@ -75,11 +81,14 @@ _KEPT = 'keep says so'
 _NO_GRAPH = "a reversible run cannot be part of a compiled graph: call set_reversible(False) for fullgraph=True"
 
 @patch
+def _own(self:ReversibleSequence): return {} if self.near is None else {'near': self.near}
+
+@patch
 def _rebuilt(self:ReversibleSequence, blocks, x1, x2, tail, tape, x2_of, context):
     "`blocks`, with their numbers, in place; of those in `x2_of` the second stream is kept"
-    chunk = self.chunk or chunk_size(x1)
+    chunk,own = self.chunk or chunk_size(x1),self._own()
     def calls(x):
-        for i,b in blocks: yield *b.calls(i, x, chunk, for_block(context, i) if context else None),i in x2_of
+        for i,b in blocks: yield *b.calls(i, x, chunk, for_block(context, i) if context else None, **own),i in x2_of
     def last(x): return make_call(tail, 'the tail', x, self.chunk or tail_chunk_size(x))
     return run_in_place(x1, x2, tape, calls, None if tail is None else last)
 
@@ -88,6 +97,7 @@ def _rebuilt(self:ReversibleSequence, blocks, x1, x2, tail, tape, x2_of, context
 def _reverse(self:ReversibleSequence, x1, x2, tail, exact, context):
     "Runs in place, with stored blocks in between"
     hear()
+    if self.near is not None: grid(x1.dtype)   # a sentence, where there is none
     plan,n = self.plan(x1, **context),len(self)
     numbered = ((why_stored(b) or (_KEPT if i<plan.whole else None),(i,b)) for i,b in enumerate(self))
     runs = [(why,[o for _,o in g]) for why,g in groupby(numbered, lambda o: o[0])]
@@ -102,7 +112,7 @@ def _reverse(self:ReversibleSequence, x1, x2, tail, exact, context):
         elif why is _KEPT: out = self._run_plainly(blocks, *out, exact, context)
         else:
             with by_sequence():
-                for i,b in blocks: out = run_stored(b, f'block {i}', why, out, for_block(context, i))
+                for i,b in blocks: out = run_stored(b, f'block {i}', why, out, for_block(context, i)|self._own())
             params += [p for _,b in blocks for p in b.parameters()]
     return out
 
@@ -113,7 +123,7 @@ def _run_plainly(self:ReversibleSequence, blocks, x1, x2, exact, context):
     snapped = False
     with nullcontext() if torch.compiler.is_compiling() else by_sequence():
         for i,b in blocks:
-            own = for_block(context, i) if context else {}
+            own = for_block(context, i)|self._own() if context else self._own()
             if torch.compiler.is_compiling() or why_stored(b) is not None: (x1,x2),snapped = b(x1, x2, **own),False
             else:
                 if exact and not snapped: (x1,x2),snapped = (Snap.apply(o, o.dtype) for o in (x1,x2)),True
@@ -144,6 +154,7 @@ def _reverses(self:ReversibleSequence, x1, x2, tail, context):
 def _is_exact(self:ReversibleSequence, x):
     "Does the exact mode hold for a stream like `x`?"
     wanted = amp_dtype(x.device) is not None or self.from_zero and self.training
+    if self.near is not None: wanted = self.reversible and not transforming()
     if self.exact is None: return wanted and x.dtype in GRID
     if self.exact: grid(x.dtype)
     return self.exact
@@ -177,6 +188,7 @@ def inverse(self:ReversibleSequence,
     **context, # As `forward` got it
 )->tuple: # `(x1,x2)`
     "The sequence's inputs, from its outputs; in the exact mode rounded to its grid"
+    if self.near is not None: raise ValueError("with near, the bits that the way back needs are kept for gradients alone")
     exact = self._is_exact(y1)
     if context: check_context(context, self, len(y1))
     for i,b in reversed(list(enumerate(self))): y1,y2 = b.inverse(y1, y2, exact, **for_block(context, i))
