@@ -1,4 +1,5 @@
-"""A coupling that stays near the pretrained function, beside rewiring: `python tools/couplings.py` writes nbs/results/couplings.csv.
+"""A coupling that stays near the pretrained function, beside the paper's: `python tools/couplings.py` writes
+nbs/results/couplings.csv.
 A small timm ViT learns scikit-learn's digits upright; its accuracy is measured at once with other couplings of the same
 weights. Then each learns 200 digits turned by a quarter, and its weights are read as a plain ViT again. All activations are
 stored here: whether they could be rebuilt changes nothing of the function. Five minutes on one core, for depths 8 and 24 and
@@ -13,28 +14,11 @@ import revvit
 
 table = Path(__file__).resolve().parent.parent/'nbs'/'results'/'couplings.csv'
 columns = 'depth','seed','coupling','upright','turned','plain'
-SHARES = dict(leapfrog=1., half=.5, quarter=.25)   # of the older stream that stays
-
-class Near(nn.Module):
-    "Blocks of timm's, each half from a share `b` of the older stream and the rest of the newer one"
-    def __init__(self, blocks, b): super().__init__(); self.blocks,self.b = blocks,b
-    def halves(self):
-        for o in self.blocks: yield from (lambda x, o=o: o.attn(o.norm1(x)), lambda x, o=o: o.mlp(o.norm2(x)))
-    def forward(self, x):
-        old,b = x,self.b
-        for h in self.halves(): old,x = x,b*old + (1-b)*x + (1+b)*h(x)
-        return (x+b*old)/(1+b)
+NEAR = dict(rewired=None, half=.5, quarter=.25)   # of the older stream that stays
 
 def coupled(m, coupling):
     "`m`, whose weights another coupling uses"
-    if coupling=='rewired': revvit.reversible(m).set_reversible(False)
-    elif coupling!='plain': m.blocks = nn.Sequential(Near(m.blocks, SHARES[coupling]))
-    return m
-
-def uncoupled(m, coupling):
-    "The plain model again"
-    if coupling=='rewired': return revvit.plain(m)
-    if coupling!='plain': m.blocks = m.blocks[0].blocks
+    if coupling!='plain': revvit.reversible(m, near=NEAR[coupling]).set_reversible(False)
     return m
 
 def vit(depth):
@@ -64,13 +48,13 @@ def rows(depth, seed, steps):
     train,held = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)).split(1400)
     torch.manual_seed(seed)
     learned,few = fit(vit(depth), up, y, train, steps, 70, 2e-3),train[torch.randperm(len(train))[:200]]
-    for coupling in ('plain','rewired',*SHARES):
+    for coupling in ('plain',*NEAR):
         m = coupled(copy.deepcopy(learned), coupling)
         at_once = right(m, up[held], y[held])
         torch.manual_seed(seed)
         m.reset_classifier(10)
         tuned = right(fit(m, turned, y, few, steps//5, 20, 1e-3), turned[held], y[held])
-        again = right(uncoupled(m, coupling), turned[held], y[held])
+        again = right(m if coupling=='plain' else revvit.plain(m), turned[held], y[held])
         yield dict(depth=depth, seed=seed, coupling=coupling, upright=at_once, turned=tuned, plain=again)
 
 if __name__=='__main__':
