@@ -1,5 +1,5 @@
-"""The coupling that leans on the newer stream: the same bits as with stored activations, the formula's gradients, memory
-that grows by bits alone, and rewired models that stay near the plain ones."""
+"""The coupling that leans on the newer stream: the same bits as with stored activations, the formula's gradients,
+memory that grows by bits alone, and rewired models that stay near the plain ones."""
 import copy, pickle, warnings
 from contextlib import nullcontext
 
@@ -96,7 +96,8 @@ def test_context(near):
         def forward(self, x, memory): return self.lin(x).tanh()*memory
     def run(on):
         torch.manual_seed(0)
-        seq = ReversibleSequence([ReversibleBlock(Plus(), mlp(5), .3, f_takes=('memory',)) for _ in range(3)], 2, near=near)
+        bs = [ReversibleBlock(Plus(), mlp(5), .3, f_takes=('memory',)) for _ in range(3)]
+        seq = ReversibleSequence(bs, 2, near=near)
         seq.set_reversible(on, exact=True)
         memory = torch.randn(7, 3, 5, requires_grad=True)
         ys = answers(seq, memory=PerImage(memory))
@@ -195,13 +196,11 @@ def test_rewired_and_near(near, amp, kwargs):
 
 @pytest.mark.parametrize('name', ('swin_tiny_patch4_window7_224','eva02_tiny_patch14_224','beit_base_patch16_224'))
 def test_other_kinds_of_blocks(name):
-    small = dict(eva=dict(embed_dim=36), bei=dict(embed_dim=36, depth=3)).get(name[:3]) or dict(embed_dim=24, depths=(2,2))
-    heads = dict(num_heads=(2,4) if 'swin' in name else 3)
-    depth = {} if 'depths' in small else dict(depth=3)
+    swin = dict(img_size=56, embed_dim=24, depths=(2,2), num_heads=(2,4))
+    small = swin if 'swin' in name else dict(img_size=28, embed_dim=36, depth=3, num_heads=3)
     torch.manual_seed(0)
-    m = timm.create_model(name, img_size=56 if 'swin' in name else 28, num_classes=3, **small|heads|depth).double()
-    revvit.reversible(m, near=.5).train()
-    x = torch.randn(2, 3, *[56 if 'swin' in name else 28]*2, dtype=torch.float64)
+    m = revvit.reversible(timm.create_model(name, num_classes=3, **small).double(), near=.5).train()
+    x = torch.randn(2, 3, small['img_size'], small['img_size'], dtype=torch.float64)
     def run(): torch.manual_seed(3); return torch.autograd.grad(m(x).square().sum(), [*m.parameters()])
     got = run()
     m.set_reversible(False)

@@ -33,7 +33,7 @@ class ReversibleSequence(nn.ModuleList):
         chunk:int|None=None, # Images at a time, in forward and backward; by default `chunk_size`
         name:str='', # What messages call it
         from_zero:bool=False, # Whether images may begin as zero in training, where rounding errors are all there is
-        near:float|None=None, # 1/2 or 1/4: share of the older stream that stays, as in `couple_near`; None for all of it
+        near:float|None=None, # 1/2 or 1/4: share of the older stream that stays, as in `couple_near`; None for all
     ):
         super().__init__(blocks)
         if chunk is not None and chunk<1: raise ValueError(f"chunk must be at least 1 image, got {chunk}")
@@ -188,7 +188,8 @@ def inverse(self:ReversibleSequence,
     **context, # As `forward` got it
 )->tuple: # `(x1,x2)`
     "The sequence's inputs, from its outputs; in the exact mode rounded to its grid"
-    if self.near is not None: raise ValueError("with near, the bits that the way back needs are kept for gradients alone")
+    if self.near is not None:
+        raise ValueError("with near, the bits that the way back needs are kept for gradients alone")
     exact = self._is_exact(y1)
     if context: check_context(context, self, len(y1))
     for i,b in reversed(list(enumerate(self))): y1,y2 = b.inverse(y1, y2, exact, **for_block(context, i))

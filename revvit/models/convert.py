@@ -253,7 +253,7 @@ def reversible(
     keep:float=0., # Share of what ordinary autograd would store that may be kept, 0 to 1
     exact:bool|None=None, # Rebuild the same bits; None does so under autocast
     chunk:int|None=None, # Images that a block works on at a time; None lets the engine choose
-    near:float|None=None, # 1/2 or 1/4: share of the older stream that stays, nearer to the model's function; None for all
+    near:float|None=None, # 1/2 or 1/4: share of the older stream that stays, nearer to the model; None for all of it
 )->nn.Module:
     "`model` with its blocks rewired: two streams, and activations that are rebuilt"
     if not isinstance(model, nn.Module): raise ValueError(f"model must be a module, got {type(model).__name__}")
