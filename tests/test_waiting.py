@@ -51,6 +51,13 @@ def test_every_mode(make, on, exact):
 @pytest.mark.parametrize('loss', [cross_entropy, partial(cross_entropy, label_smoothing=.1)], ids=['hard','smooth'])
 def test_losses(loss): step(STEPS['lean'], torch.bfloat16, loss)
 
+@pytest.mark.parametrize('amp', [None,torch.bfloat16], ids=str)
+def test_near(amp):
+    def near(m):
+        for o in m.modules():
+            if isinstance(o, ReversibleSequence): o.near = .25
+    step(STEPS['lean'], amp, change=near)
+
 def test_attention_asks_for_its_kernel_as_when_it_is_repeated():
     "With a graph both times: without one cuDNN, for one, plans another kernel, whose result may have other bits"
     assert len(set(step(STEPS['lean'], rate=0).softmax)) == 1
