@@ -53,7 +53,8 @@ def test_a_run_leaves_its_files(folder, tmp_path):
     back = revvit.load_model(tmp_path/'checkpoint.pth')
     assert same_weights(back, learn.model) and back.pretrained_cfg['label_names'] == list('0123456789')
     assert plot_history(learn, tmp_path/'history.png').axes[1].get_title().startswith('AP of masks')
-    keys = [k for k,v in learn.model.state_dict().items() if not torch.equal(v, recipe_model(TINY, 10).state_dict()[k])]
+    fresh = recipe_model(TINY, 10).state_dict()
+    keys = [k for k,v in learn.model.state_dict().items() if not torch.equal(v, fresh[k])]
     assert {k.split('.')[0] for k in keys} == {'backbone','rpn','roi_heads'}
 
 def test_boxes_alone(folder):
@@ -139,6 +140,14 @@ def test_resumed_with_the_same_bits(workers, folder, tmp_path):
     assert again.keep_state.pending['step'] == 1
     fitted(again)
     assert same_weights(whole.model, again.model) and whole.recorder.values == again.recorder.values
+
+def test_a_longer_run_moves_its_steps(folder, tmp_path):
+    r = replace(TINY, epochs=1, warmup_epochs=.2, steps=(.5,))
+    fitted(keep_state(made(folder, r, out=tmp_path)))
+    longer = r.changed(epochs=2)
+    assert longer.steps == (1.,)
+    learn = fitted(keep_state(made(folder, longer, out=tmp_path), resume=True))
+    assert len(learn.recorder.lrs) == 6 and learn.recorder.lrs[-1] == pytest.approx(r.lr/10)
 
 SETUP = '''
 import sys; sys.path.insert(0, {tests!r})

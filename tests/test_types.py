@@ -43,6 +43,9 @@ print(report.loaded, report.problems(), revvit.__version__)
 dls = revvit.image_dls('data', settings, bs=4, seed=1, aug=dict(rand_aug=None))
 learn = revvit.learner(revvit.digits_dls(bs=64), revvit.recipes['digits'])
 learn.fit_one_cycle(1)
+net = revvit.detector(m, 3, masks=False, box_dim=64)
+revvit.save_checkpoint(net, 'd.pth', class_names=['a', 'b', 'c'])
+revvit.load_checkpoint(net, 'w.pth')
 answer: dict | list = revvit.inference_model(m, 'bird.jpg')
 """
 

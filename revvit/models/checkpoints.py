@@ -23,7 +23,7 @@ from .zoo import ReversibleModel, checkpoint_filter_fn, clip_times, grid_of, ten
 
 # %% ../../nbs/models/18_checkpoints.ipynb #fa1fff6d
 def input_settings(
-    model:ReversibleModel, # For the size it was built for, and timm's `pretrained_cfg` where it has one
+    model:nn.Module, # A model or detector of ours: its size, and timm's `pretrained_cfg` where it has one
     **changes, # Entries that replace those of the configuration
 )->dict: # input_size (C, (T,) H, W), interpolation, mean, std, crop_pct, crop_mode; of clips frame_stride, frame_rate
     "How images or clips are prepared for `model`"
@@ -38,7 +38,7 @@ def input_settings(
 
 # %% ../../nbs/models/18_checkpoints.ipynb #57a93b6d
 def save_checkpoint(
-    model:ReversibleModel, # Its tensors and how to build it
+    model:nn.Module, # A Rev-ViT, a Rev-MViT or a detector, without a wrapper
     path, # File to write, or to replace in one step; folders on the way are made
     class_names:list|None=None, # Name of each class, in the order of the logits; None keeps those that the model brings
     input_settings:dict|None=None, # What differs from those of the function `input_settings`
@@ -192,7 +192,7 @@ def classes_and_fit(
 
 # %% ../../nbs/models/18_checkpoints.ipynb #b0f8327f
 def load_checkpoint(
-    model:ReversibleModel, # Filled in place, or left as it was on an error
+    model:nn.Module, # A Rev-ViT, a Rev-MViT or a detector; filled in place, or left as it was on an error
     path, # SlowFast's `.pyth`, mmpretrain's `.pth`, our own, a `state_dict`, safetensors, a Hugging Face Hub folder
     strict:bool=True, # Refuse whatever does not fit; `False` loads what does, if it is 1 % or more
     new_head:bool=False, # Leave the model's classifier as it is, whatever the file has

@@ -125,7 +125,7 @@ def _restore(learn, content):
     mine,theirs = _identity(learn),t['run']
     longer = mine['epochs']>theirs['epochs']
     for k in mine:
-        if longer and k in ('epochs','warmup_epochs'): continue
+        if longer and k in ('epochs','warmup_epochs','steps'): continue
         if mine[k]!=theirs.get(k, getattr(type(learn.recipe), k, None)):   # an older version did not know all
             raise ValueError(f"{content['path']} belongs to another run: its {k} is {theirs.get(k)!r}, "
                              f"here it is {mine[k]!r}")
