@@ -74,7 +74,7 @@ def own_recipe(
     "A recipe for the data in a folder"
     name = f'fine_tune_{count_files(path)[0]}'
     r,what,n = data_recipe(name, path, weights)
-    start = "" if weights else (f", from random weights, so the model is small (better: --weights FILE, or --weights "
+    start = "" if weights else (f", from random weights, so with a network cut small (better: --weights FILE, or --weights "
                                 f"{r.pretrained}, which are fetched)")
     return name,r,f"{path} holds {n} {what}: recipe {name}{start}"
 

@@ -62,7 +62,8 @@ def claim_run(
     if out is not None:
         if out.is_dir() and any(out.iterdir()):
             why = ' and holds no state to go on from' if resume else ''
-            raise ValueError(f"{out} is not empty{why}: choose another folder, or delete this one first")
+            on = ', or go on with its run (--resume)' if not resume and _known(out) else ''
+            raise ValueError(f"{out} is not empty{why}: choose another folder, or delete this one first{on}")
         out.mkdir(parents=True, exist_ok=True)
         return out
     for i in itertools.count(1):
