@@ -30,18 +30,28 @@ def small(name, **kw):
     "The model of that name, narrow and for small images"
     clips = dict(num_frames=4, img_size=32, embed_dim=8, depth=2, stage_starts=(1,))
     less = clips if '16x4' in name else dict(img_size=32, embed_dim=12, num_heads=2, depth=2)
+    if 'mvit' in name: less['stage_starts'] = (1,)
     return create_model(name, **{**less, **kw})
 timm.create_model = small
 '''
 
 def write_data(folder, warm):
-    "The folders and files that the programs name: photographs, videos, published weights"
+    "The folders and files that the programs name: photographs, things to detect, videos, published weights"
     rng = np.random.RandomState(0)
     for part,n in (('train',32), ('val',3)):
         for c in ('cat','dog'):
             (folder/'photos'/part/c).mkdir(parents=True)
             for i in range(n):
                 Image.fromarray(rng.randint(0, 255, (40,48,3), np.uint8)).save(folder/'photos'/part/c/f'{i}.jpg')
+    for part,n in (('train',4), ('val',1)):
+        (folder/'things'/part).mkdir(parents=True)
+        for i in range(n):
+            Image.fromarray(rng.randint(0, 255, (40,48,3), np.uint8)).save(folder/'things'/part/f'{i}.jpg')
+        images = [dict(id=i, file_name=f'{i}.jpg', height=40, width=48) for i in range(n)]
+        found = [dict(id=i, image_id=i, category_id=1, bbox=[8,8,20,20], segmentation=[[8,8,28,8,28,28,8,28]])
+                 for i in range(n)]
+        content = dict(images=images, annotations=found, categories=[dict(id=1, name='cat')])
+        (folder/'things'/f'instances_{part}.json').write_text(json.dumps(content))
     code = small_models + '''
 from pathlib import Path
 import numpy as np

@@ -124,8 +124,8 @@ if __name__=='__main__':
     ask.add_argument('--tiny', action='store_true', help='small models, nothing written')
     said = ask.parse_args()
     torch.set_num_threads(1)
-    found = []
-    for o in rows(said.sides, said.most, said.tiny, {} if said.tiny else read()):
+    known = {} if said.tiny else read()
+    for o in rows(said.sides, said.most, said.tiny, dict(known)):
         print(*o, flush=True)
-        found.append(o)
-    if not said.tiny: write(found)
+        known[tuple(map(str, o[:3]))] = o
+        if not said.tiny: write(known.values())

@@ -119,7 +119,7 @@ def draw_things(
     side:int=1280, # Longer side of the picture at most, in pixels
 )->Image.Image: # Smaller images than 400 pixels are enlarged
     "Draw boxes, masks, names and scores into a picture"
-    x = read_scene(item).float().cpu()
+    x,things = read_scene(item).float().cpu(),things[::-1]   # the surest on top
     size,n = tuple(x.shape[1:]),min(1, side/max(x.shape[1:]))
     if n<1: x = tf.resize(x, [max(1, round(o*n)) for o in size], antialias=True)
     boxes = torch.tensor([o['box'] for o in things]).view(-1, 4)*n
