@@ -12,6 +12,7 @@ from revvit.core.exact import set_self_check
 from revvit.core.memory import saved_bytes
 from revvit.core.near import lean_off, lean_on, near_mean
 from revvit.core.sequence import ReversibleSequence
+from revvit.core.testing import drift
 from cases import error, mlp
 
 nears = pytest.mark.parametrize('near', (.5,.25))
@@ -153,7 +154,7 @@ def test_no_number_stays_none(near):
     x[0,0,0] = float('nan')
     assert seq(x, x)[0][0].isnan().any() and seq(x, x)[0][1:].isfinite().all()
 
-@pytest.mark.parametrize('near', (0,.3,1,2,'half'))
+@pytest.mark.parametrize('near', (0,.3,1,2,'half',[.5]))
 def test_shares_that_are_none(near):
     with pytest.raises(ValueError, match=r'near must be None, 0\.5 or 0\.25, got'): ReversibleSequence(near=near)
     with pytest.raises(ValueError, match=r'near must be None, 0\.5 or 0\.25, got'): revvit.reversible(vit(), near=near)
@@ -231,3 +232,52 @@ def test_the_streams_as_one():
     a,b = torch.randn(2, 3, 4)
     assert torch.equal(near_mean(a, b, None), (a+b)/2)
     torch.testing.assert_close(near_mean(a, b, .5), (2*b+a)/3)
+
+@nears
+@pytest.mark.parametrize('amp', (False,True))
+def test_compiled(near, amp):
+    m = revvit.reversible(vit(), near=near).train()
+    want,got = gradients(m, amp),gradients(torch.compile(m, backend='eager'), amp)
+    assert all(torch.equal(a, b) for a,b in zip(got, want, strict=True))
+
+@nears
+def test_traced(near):
+    m,x = revvit.reversible(vit().eval(), near=near),torch.randn(2, 3, 16, 16)
+    traced = torch.jit.trace(m, x, check_trace=False)   # of which the grid is no part
+    assert not {'floor','Snap','_Lean'} & {n.kind().split('::')[-1] for n in traced.inlined_graph.nodes()}
+    m.set_reversible(False)
+    torch.testing.assert_close(traced(x), m(x))
+
+def test_refused_before_anything_is_changed():
+    m = vit()
+    with pytest.raises(ValueError, match='leave exact=False out'): revvit.reversible(m, near=.5, exact=False)
+    assert type(m) is type(vit()) and type(m.blocks[0]) is type(vit().blocks[0])
+
+def test_near_by_its_name():
+    seq = ReversibleSequence(blocks(2))
+    seq.near = .3
+    with pytest.raises(ValueError, match=r'near must be None, 0\.5 or 0\.25, got 0\.3'): answers(seq)
+    seq.near = None
+    seq.set_reversible(True, exact=False)
+    seq.near = .25
+    with pytest.raises(ValueError, match='leave exact=False out'): answers(seq)
+
+def test_a_block_that_knows_nothing_of_it():
+    class Own(ReversibleBlock):
+        def forward(self, x1, x2, *args, **context): return x1+self.f(x2),x2+self.g(x1)
+    seq = ReversibleSequence([*blocks(1), Own(mlp(5), mlp(5))], near=.5)
+    with pytest.raises(ValueError, match='block 1 has a forward of its own, which knows nothing of near'): answers(seq)
+
+def test_drift_has_no_bits():
+    x = torch.randn(2, 3, 5)
+    with pytest.raises(ValueError, match='bits that are kept for gradients alone'):
+        drift(ReversibleSequence(blocks(2), near=.5), x, x)
+
+@nears
+def test_no_bits_for_a_stream_that_is_kept(near):
+    def kept(keep):
+        seq,x = ReversibleSequence(blocks(4), near=near),torch.randn(16, 3, 5)
+        seq.set_reversible(True, keep)
+        return saved_bytes(lambda: seq(x, x), seq),seq.plan(x).x2
+    (none,_),(some,n) = kept(0.),kept(.2)
+    assert n and some-none==n*(16*3*5*4-16*3*5*round(1/near)//16)

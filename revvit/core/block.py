@@ -81,7 +81,7 @@ def calls(self:ReversibleBlock,
     x:torch.Tensor, # A stream, images first
     chunk:int, # Images at a time
     context:dict|None=None, # Context arguments of this block
-    near:float|None=None, # Share of the older stream that stays; None for all of it, and its sum
+    near:float|None=None, # Share of the older stream that stays; None for the paper's coupling
 )->tuple: # Two `Call`s
     "`f` and `g` as calls on images like `x`, with drop path drawn"
     scale,(a,b) = self.scale(),self.survivors(x)
@@ -224,7 +224,7 @@ def forward(self:ReversibleBlock,
     x2:torch.Tensor, # Second stream
     chunk:int|None=None, # Images at a time for layers that draw random numbers, and in the exact mode
     exact:bool=False, # Round to the grid of the exact mode
-    near:float|None=None, # Share of the older stream that stays; None for all of it, and its sum
+    near:float|None=None, # Share of the older stream that stays; None for the paper's coupling
     **context, # Context arguments: tensors, `PerImage`, or any other values
 ):
     if _alone(self, (x1,x2)):

@@ -95,7 +95,7 @@ class _Block(Function):
         kept = x2.clone() if keep else None
         half_forward(f, x2, x1, tape.exact)
         half_forward(g, x1, x2, tape.exact)
-        ctx.save_for_backward(kept, f.lost, g.lost)
+        ctx.save_for_backward(kept, f.lost, None if keep else g.lost)
         f.lost = g.lost = None
         ctx.tape,ctx.f,ctx.g,ctx.keep = tape,f,g,keep
         ctx.mark_dirty(x1, x2)

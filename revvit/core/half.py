@@ -64,7 +64,7 @@ def make_call(
     rows:torch.Tensor|None=None, # Indices of the images that it works on; None for all
     scale:float=1., # What the result is multiplied by
     given:Given|None=None, # Context arguments
-    near:float|None=None, # Share of the stream it is added to that stays; None for all of it
+    near:float|None=None, # Share of the stream it is added to that stays; None for the paper's coupling
 )->Call:
     "A call of `m`, by its own backward pass where it has one that fits"
     kernel = kernel_for(m, x, chunk) if given is None else None

@@ -18,7 +18,7 @@ def check_near(
     near:float|None, # Share of the older stream
 ):
     "Refuse a share that loses no whole number of bits"
-    if near is not None and near not in near_bits:
+    if near is not None and near not in tuple(near_bits):
         raise ValueError(f"near must be None, {' or '.join(map(str, near_bits))}, got {near!r}")
 
 def _shifts(bits, device): return torch.arange(0, 8, bits, dtype=torch.uint8, device=device)
@@ -43,8 +43,8 @@ def lean_on(
     old:torch.Tensor, # The older stream, on the grid and contiguous; changed
     new:torch.Tensor, # The newer one, likewise
     near:float, # Share of the older one that stays
-    keep:bool=True, # Whether the way back will be gone
-)->torch.Tensor|None: # What `lean_off` needs, if it will
+    keep:bool=True, # Whether to keep the bits for the way back
+)->torch.Tensor|None: # The bits, if they are kept
     "`near*old + (1-near)*new` on the grid, in place of `old`"
     k,a,b,bits = grid(old.dtype),old.view(-1),new.view(-1),near_bits[near]
     lost = torch.empty(-(-len(a)*bits//8), dtype=torch.uint8, device=a.device) if keep else None

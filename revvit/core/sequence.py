@@ -23,6 +23,8 @@ from .half import make_call
 from .block import ReversibleBlock, by_sequence, run_stored, stored_call, why_stored
 
 # %% ../../nbs/core/07_sequence.ipynb #c18044d9
+_OFF_GRID = "with near, streams are rebuilt on the grid or not at all: leave exact=False out"
+
 class ReversibleSequence(nn.ModuleList):
     "Blocks one after another, their activations rebuilt instead of stored"
     inverse:Callable[...,tuple[torch.Tensor,torch.Tensor]]   # below
@@ -33,7 +35,7 @@ class ReversibleSequence(nn.ModuleList):
         chunk:int|None=None, # Images at a time, in forward and backward; by default `chunk_size`
         name:str='', # What messages call it
         from_zero:bool=False, # Whether images may begin as zero in training, where rounding errors are all there is
-        near:float|None=None, # 1/2 or 1/4: share of the older stream that stays, as in `couple_near`; None for all
+        near:float|None=None, # 1/2 or 1/4: share of the older stream that stays; None for the paper's coupling
     ):
         super().__init__(blocks)
         if chunk is not None and chunk<1: raise ValueError(f"chunk must be at least 1 image, got {chunk}")
@@ -49,7 +51,7 @@ class ReversibleSequence(nn.ModuleList):
         "Rebuild activations in the backward pass, or store them"
         check_keep(keep)
         if on and exact is False and self.near is not None:
-            raise ValueError("with near, streams are rebuilt on the grid or not at all: leave exact=False out")
+            raise ValueError(_OFF_GRID)
         self.reversible,self.keep,self.exact = on,keep,exact
 
     def __getitem__(self, i):
@@ -84,6 +86,14 @@ _NO_GRAPH = "a reversible run cannot be part of a compiled graph: call set_rever
 def _own(self:ReversibleSequence): return {} if self.near is None else {'near': self.near}
 
 @patch
+def _check_near(self:ReversibleSequence):
+    "Refuse what could not be near"
+    check_near(self.near)
+    for i,b in enumerate(self):
+        if 'forward' in b.__dict__ or type(b).forward is not ReversibleBlock.forward:
+            raise ValueError(f"block {i} has a forward of its own, which knows nothing of near: leave near out")
+
+@patch
 def _rebuilt(self:ReversibleSequence, blocks, x1, x2, tail, tape, x2_of, context):
     "`blocks`, with their numbers, in place; of those in `x2_of` the second stream is kept"
     chunk,own = self.chunk or chunk_size(x1),self._own()
@@ -97,7 +107,9 @@ def _rebuilt(self:ReversibleSequence, blocks, x1, x2, tail, tape, x2_of, context
 def _reverse(self:ReversibleSequence, x1, x2, tail, exact, context):
     "Runs in place, with stored blocks in between"
     hear()
-    if self.near is not None: grid(x1.dtype)   # a sentence, where there is none
+    if self.near is not None and not exact:
+        grid(x1.dtype)   # a sentence, where there is none
+        raise ValueError(_OFF_GRID)
     plan,n = self.plan(x1, **context),len(self)
     numbered = ((why_stored(b) or (_KEPT if i<plan.whole else None),(i,b)) for i,b in enumerate(self))
     runs = [(why,[o for _,o in g]) for why,g in groupby(numbered, lambda o: o[0])]
@@ -154,7 +166,9 @@ def _reverses(self:ReversibleSequence, x1, x2, tail, context):
 def _is_exact(self:ReversibleSequence, x):
     "Does the exact mode hold for a stream like `x`?"
     wanted = amp_dtype(x.device) is not None or self.from_zero and self.training
-    if self.near is not None: wanted = self.reversible and not transforming()
+    if self.near is not None:   # on the grid wherever a way back may be wanted
+        elsewhere = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        wanted = self.reversible and not elsewhere and (torch.compiler.is_compiling() or not transforming())
     if self.exact is None: return wanted and x.dtype in GRID
     if self.exact: grid(x.dtype)
     return self.exact
@@ -174,6 +188,7 @@ def forward(self:ReversibleSequence,
         raise ValueError(f"tail must be a module, got {type(tail).__name__}")
     check_alike(x1, x2)
     if context: check_context(context, self, len(x1))
+    if self.near is not None: self._check_near()
     exact,kind = self._is_exact(x1),type(x1)
     if not self._reverses(x1, x2, tail, context): return self._store(x1, x2, tail, exact, context)
     if kind in (torch.Tensor,nn.Parameter): return self._reverse(x1, x2, tail, exact, context)

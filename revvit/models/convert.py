@@ -16,7 +16,7 @@ from ..core.block import ReversibleBlock
 from ..core.context import PerBlock, PerImage, empty_graph
 from ..core.dial import check_keep
 from ..core.exact import GRID
-from ..core.near import check_near, near_mean
+from ..core.near import near_mean
 from ..core.replay import check_repeatable
 from ..core.sequence import ReversibleSequence
 from ..core.state import amp_dtype
@@ -253,14 +253,14 @@ def reversible(
     keep:float=0., # Share of what ordinary autograd would store that may be kept, 0 to 1
     exact:bool|None=None, # Rebuild the same bits; None does so under autocast
     chunk:int|None=None, # Images that a block works on at a time; None lets the engine choose
-    near:float|None=None, # 1/2 or 1/4: share of the older stream that stays, nearer to the model; None for all of it
+    near:float|None=None, # 1/2 or 1/4: share of the older stream that stays; None for the paper's coupling
 )->nn.Module:
     "`model` with its blocks rewired: two streams, and activations that are rebuilt"
     if not isinstance(model, nn.Module): raise ValueError(f"model must be a module, got {type(model).__name__}")
     if any(isinstance(o, (Rewired,ReversibleSequence)) for o in model.modules()):
         raise ValueError(f"{type(model).__name__} is reversible already: set_reversible switches it")
     check_keep(keep)
-    check_near(near)
+    ReversibleSequence(near=near).set_reversible(True, keep, exact)   # refuses what a sequence refuses
     found = [o for o in _stacks(model) if all(map(kind_of, o._modules.values()))]
     if not found: raise ValueError(f"nothing to rewire: {_why_not(model)}")
     for b in (b for o in found for b in o._modules.values()):

@@ -75,8 +75,8 @@ def own_recipe(
     name = f'fine_tune_{count_files(path)[0]}'
     r,what,n = data_recipe(name, path, weights)
     px = r.image_cfg['input_size'][-1]
-    start = "" if weights else (f", from random weights, so the model is small, for {px} pixels a side (better: --weights FILE, or "
-                                f"--weights {r.pretrained}, which are fetched)")
+    start = "" if weights else (f", from random weights, so the model is small, for {px} pixels a side (better: "
+                                f"--weights FILE, or --weights {r.pretrained}, which are fetched)")
     return name,r,f"{path} holds {n} {what}: recipe {name}{start}"
 
 # %% ../../nbs/training/30a_own_data.ipynb #c6308d83
