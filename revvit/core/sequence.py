@@ -23,8 +23,6 @@ from .half import make_call
 from .block import ReversibleBlock, by_sequence, run_stored, stored_call, why_stored
 
 # %% ../../nbs/core/07_sequence.ipynb #c18044d9
-_OFF_GRID = "with near, streams are rebuilt on the grid or not at all: leave exact=False out"
-
 class ReversibleSequence(nn.ModuleList):
     "Blocks one after another, their activations rebuilt instead of stored"
     inverse:Callable[...,tuple[torch.Tensor,torch.Tensor]]   # below
@@ -80,6 +78,7 @@ def _span(blocks):
     return f"block {blocks[0][0]}" if len(blocks)==1 else f"blocks {blocks[0][0]} to {blocks[-1][0]}"
 
 _KEPT = 'keep says so'
+_OFF_GRID = "with near, streams are rebuilt on the grid or not at all: leave exact=False out"
 _NO_GRAPH = "a reversible run cannot be part of a compiled graph: call set_reversible(False) for fullgraph=True"
 
 @patch

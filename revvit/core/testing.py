@@ -279,7 +279,8 @@ def drift(
     limit:float=1e-3, # Warn above it
 )->list: # One number per block, first block first
     "Error of each block's rebuilt input, relative to the stream's largest value"
-    if getattr(seq, 'near', None): raise ValueError("with near the way back needs bits that are kept for gradients alone")
+    if getattr(seq, 'near', None):
+        raise ValueError("with near, the bits that the way back needs are kept for gradients alone")
     with _restored(seq), torch.no_grad():
         seq.eval()
         true,blocks,res = [(x1,x2)],list(seq),[]
