@@ -1,6 +1,7 @@
 """timm's transformers with their blocks rewired: gradients against stored activations, bits, memory, names, copies,
 export, features."""
-import copy, pickle, warnings
+import copy, csv, pickle, warnings
+from pathlib import Path
 
 import pytest, timm, torch
 import timm.models as zoo
@@ -164,6 +165,19 @@ def test_feature_maps_of_timms_wrapper(key):
     assert same(copied(x), m(x)) and pickle.loads(pickle.dumps(m)).state_dict().keys()==m.state_dict().keys()
     assert same(revvit.plain(m)(x), want) and [type(o) for o in m.modules()]==kinds
 
+def test_the_table_of_timms_models():
+    "All that can be rewired were compared; those that were asked more gave it"
+    path = Path(__file__).parents[1]/'nbs/models/timm_rewired.csv'
+    rows = list(csv.DictReader(path.read_text(encoding='utf8').splitlines()))
+    works = [o for o in rows if o['rewired']=='yes']
+    assert len(rows)>500 and len(works)>300 and {o['rewired'] for o in rows}=={'yes','no'}
+    asked = 'names exact deepcopy export features intermediates features_only'.split()
+    for o in works:
+        assert float(o['error'])<1e-6 and abs(int(o['kept'] or 0))<=1000, o['model']
+        if not o['asked']: continue
+        assert all(k in o['asked'].split() or f'not asked: {k}' in o['why'] for k in asked), o['model']
+    assert all(o['why'] for o in rows if o['rewired']=='no')
+
 def test_masks_reach_attention():
     m,x = revvit.reversible(make(VIT).double(), chunk=2),images()
     mask = torch.rand(5, 1, 17, 17, generator=torch.Generator().manual_seed(2))>.3
@@ -301,7 +315,21 @@ def test_a_member_of_each_kind_learns_comes_back_and_is_copied(key):
     assert same(outs(copy.deepcopy(m)(x.float())), out)
     assert error(outs(torch.export.export(m, (few,)).module()(few)), outs(m(few))) < 1e-5
     assert error(outs(m.forward_head(m.forward_features(x.float()))), out) < 1e-6
+    last,inner = m.forward_intermediates(x.float())
+    assert error([last], [m.forward_features(x.float())]) < 1e-6
     assert same(outs(revvit.plain(m)(x.float())), want) and type(m) is kind
+    assert [o.shape for o in m.forward_intermediates(x.float())[1]]==[o.shape for o in inner]
+
+@families
+def test_gradients_of_features_within_are_those_of_stored_activations(key):
+    m,x = revvit.reversible(member(key).double(), chunk=1),images(2)
+    def found(on):
+        m.set_reversible(on)
+        torch.manual_seed(0)
+        inner = m.forward_intermediates(x, intermediates_only=True)
+        given = torch.autograd.grad(sum(o.square().sum() for o in inner), list(m.parameters()), allow_unused=True)
+        return [*inner, *(o for o in given if o is not None)]
+    assert error(found(True), found(False)) < 1e-6   # some norms compute in float32
 
 @families
 def test_a_member_of_each_kind_keeps_nothing_more_when_it_is_deeper(key):

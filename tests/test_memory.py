@@ -78,9 +78,11 @@ def test_a_slope_needs_two_sizes():
 
 # ---------------------------------------------------------------- a dry run beside a real one
 
-REWIRED = dict(rewire=True, img_size=56)
-SMALL = [('revvit_tiny_patch16_224', dict(img_size=64)), ('revmvit_tiny_224', dict(img_size=64)),
-    ('revmvit_tiny_16x4_224', dict(img_size=64, frames=4)), ('vit_tiny_patch16_224', dict(rewire=True, img_size=64)),
+DEPTH = dict(model_args=dict(depth=4))   # all of them at full depth: in the slow test
+STAGES = dict(img_size=64, model_args=dict(depth=4, stage_starts=(1,3)))
+VIT,REWIRED = dict(img_size=64, **DEPTH),dict(rewire=True, img_size=56, **DEPTH)
+SMALL = [('revvit_tiny_patch16_224', VIT), ('revmvit_tiny_224', STAGES),
+    ('revmvit_tiny_16x4_224', dict(STAGES, frames=4)), ('vit_tiny_patch16_224', dict(rewire=True, **VIT)),
     ('eva02_tiny_patch14_224', REWIRED), ('vit_small_patch14_reg4_dinov2', REWIRED)]
 
 @pytest.mark.parametrize('b', [2,9])
@@ -93,11 +95,11 @@ def test_in_every_setting(settings):
     case = ('revvit_tiny_patch16_224',6,'reversible',dict(settings, img_size=64))
     assert .9 < float(tool.row(case)['ratio']) < 1.1
 
-@pytest.mark.parametrize('name', ['revmvit_tiny_224','vit_tiny_patch16_224','resnet18'])
+@pytest.mark.parametrize('name,size', [('revmvit_tiny_224', STAGES), ('vit_tiny_patch16_224', VIT), ('resnet18', {})],
+                         ids=['revmvit_tiny_224','vit_tiny_patch16_224','resnet18'])
 @pytest.mark.parametrize('way', ['checkpointed','plain'])
-def test_the_other_ways(name, way):
+def test_the_other_ways(name, size, way):
     "Ours, timm's, and a network that is no transformer"
-    size = {} if name=='resnet18' else dict(img_size=64)
     assert .95 < float(tool.row((name,5,way,size))['ratio']) < 1.05
 
 @pytest.mark.slow

@@ -43,7 +43,8 @@ def measured(name, b, way, settings):
     "Weights, averages, batch and the peak of a step above them"
     s = dict(optimizer='adamw', dtype='float32', step_in_backward=False, rewire=False, keep=0., exact=None)|settings
     sizes = dict(img_size='img_size', frames='num_frames')
-    m = timm.create_model(name, **{sizes[k]: v for k,v in s.items() if k in sizes})
+    args = {sizes[k]: v for k,v in s.items() if k in sizes}|s.get('model_args', {})
+    m = timm.create_model(name, **args)
     m = turned(revvit.reversible(m) if s['rewire'] else m, way, s['keep'], s['exact']).train()
     make = dict(adamw=torch.optim.AdamW, sgd=torch.optim.SGD, momentum=partial(torch.optim.SGD, momentum=.9))
     opt = make[s['optimizer']](m.parameters(), lr=1e-4) if s['optimizer']!='none' else None

@@ -151,6 +151,7 @@ def deepcopy(name, settings, x):
     m = revvit.reversible(built(name, settings)).eval()
     assert all(map(torch.equal, flat(copy.deepcopy(m)(x)), flat(m(x)))), 'a copy computes something else'
 
+@torch.no_grad()
 def close(a, b): return all(float((o-p).norm()) <= 1e-5*float(p.norm()) for o,p in zip(flat(a), flat(b), strict=True))
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from timm.data.auto_augment import RandAugment, posterize
 from ..core.device import out_of_memory, pick_device
 from .class_folders import folder_files
 from .from_files import file_dls, naming_file
-from .loader import UnreadableFile
+from .loader import ReadingLoader, UnreadableFile
 
 # %% ../../nbs/data/22_images.ipynb #1a7c9e06
 def as_mode(
@@ -156,7 +156,7 @@ def image_dls(
     return file_dls(files, reads, TensorImage, cfg, bs, on_bad=on_bad, **kwargs)
 
 # %% ../../nbs/data/22_images.ipynb #423cf729
-class _ShardDL(torch.utils.data.DataLoader):
+class _ShardDL(ReadingLoader):
     "Loader of timm's shard reader that knows about epochs"
     sharded = True   # the reader itself deals out shards to processes
     def __init__(self, dataset, bs, seed, device, **kwargs):

@@ -202,12 +202,13 @@ class RewiredModel(Rewired):
         "timm's name for `set_reversible`"
         self.set_reversible(enable)
 
-    def forward_intermediates(self, x, indices=None, *args, **kwargs):
+    def forward_intermediates(self, x, *args, **kwargs):
         "timm's, with the mean of both streams after the chosen blocks"
-        outer = getattr(_local, 'wanted', ())
+        outer,run = getattr(_local, 'wanted', ()),super().forward_intermediates
+        given = dict(zip(run.__code__.co_varnames[2:], args))|kwargs   # `indices` is not everywhere the second
         stack = getattr(self, 'blocks', None)
-        if isinstance(stack, RewiredStack): _local.wanted = feature_take_indices(len(stack), indices)[0]
-        try: return super().forward_intermediates(x, indices, *args, **kwargs)
+        if isinstance(stack, RewiredStack): _local.wanted = feature_take_indices(len(stack), given.get('indices'))[0]
+        try: return run(x, *args, **kwargs)
         finally: _local.wanted = outer
 
 # %% ../../nbs/models/19_convert.ipynb #917a7274

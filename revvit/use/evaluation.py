@@ -11,9 +11,10 @@ import csv, io, math
 from pathlib import Path
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, default_collate
+from torch.utils.data import DistributedSampler, default_collate
 from tqdm import tqdm
 from ..core.device import out_of_memory
+from ..data.loader import ReadingLoader
 from ..models.files import replacing, write_file
 from .inference import batch_size_for, class_names, evaluating, input_like, public_names, to_float64
 from .reader import model_transform, takes_clips
@@ -155,7 +156,7 @@ def _batch(items):
     x,y,_ = default_collate(good) if good else (None,None,None)
     return x,y,[o[2] for o in good],[o[3] for o in items if o[3] is not None]
 
-class EvalLoader(DataLoader):
+class EvalLoader(ReadingLoader):
     "Loader of (inputs, labels) of files; after a pass it knows which were read"
     def __init__(self,
         items:FileItems,

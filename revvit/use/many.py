@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
 import torch
-from torch.utils.data import DataLoader
 from ..core.device import out_of_memory
 from ..data.from_files import class_items
+from ..data.loader import ReadingLoader
 from ..models.files import check_local
 from .command import one_sentence
 from .inference import batch_size_for, check_probs, predict_views
@@ -121,7 +121,7 @@ def answer_files(
 ): # An answer for each file in order, or a sentence
     "What is said of many files, read while the batch before is at work"
     if workers is None: workers = 0 if len(files)<64 else min(8, os.cpu_count() or 1)
-    dl = DataLoader(files, bs, num_workers=workers, collate_fn=list)
+    dl = ReadingLoader(files, bs, num_workers=workers, collate_fn=list)
     for i,batch in enumerate(dl): yield from _answers(answer, batch, files.files[i*bs:(i+1)*bs])
 
 def predict_files(
