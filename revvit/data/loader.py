@@ -187,7 +187,8 @@ def _arrive(self:EpochDL, epoch, batches):
     "Batches as the workers send them; None for one of which nothing can be read"
     items = _Epoch(self, epoch)
     settings = dict(num_workers=self.fake_l.num_workers, pin_memory=self.pin_memory, timeout=self.timeout)
-    for b in ReadingLoader(items, batch_sampler=batches, collate_fn=items.collate, generator=torch.Generator(), **settings):
+    for b in ReadingLoader(items, batch_sampler=batches, collate_fn=items.collate,
+                           generator=torch.Generator(), **settings):
         yield tuple(b) if self.pin_memory and type(b)==list else b   # pinning makes lists of tuples
 
 @patch
