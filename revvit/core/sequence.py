@@ -82,17 +82,6 @@ _OFF_GRID = "with near, streams are rebuilt on the grid or not at all: leave exa
 _NO_GRAPH = "a reversible run cannot be part of a compiled graph: call set_reversible(False) for fullgraph=True"
 
 @patch
-def _own(self:ReversibleSequence): return {} if self.near is None else {'near': self.near}
-
-@patch
-def _check_near(self:ReversibleSequence):
-    "Refuse what could not be near"
-    check_near(self.near)
-    for i,b in enumerate(self):
-        if 'forward' in b.__dict__ or type(b).forward is not ReversibleBlock.forward:
-            raise ValueError(f"block {i} has a forward of its own, which knows nothing of near: leave near out")
-
-@patch
 def _rebuilt(self:ReversibleSequence, blocks, x1, x2, tail, tape, x2_of, context):
     "`blocks`, with their numbers, in place; of those in `x2_of` the second stream is kept"
     chunk,own = self.chunk or chunk_size(x1),self._own()
@@ -101,6 +90,7 @@ def _rebuilt(self:ReversibleSequence, blocks, x1, x2, tail, tape, x2_of, context
     def last(x): return make_call(tail, 'the tail', x, self.chunk or tail_chunk_size(x))
     return run_in_place(x1, x2, tape, calls, None if tail is None else last)
 
+# %% ../../nbs/core/07_sequence.ipynb #5aa6fe02
 @patch
 @torch.compiler.disable(reason=_NO_GRAPH)
 def _reverse(self:ReversibleSequence, x1, x2, tail, exact, context):
@@ -172,6 +162,7 @@ def _is_exact(self:ReversibleSequence, x):
     if self.exact: grid(x.dtype)
     return self.exact
 
+# %% ../../nbs/core/07_sequence.ipynb #068d06cd
 @patch
 def forward(self:ReversibleSequence,
     x1:torch.Tensor, # First stream, images first
@@ -208,3 +199,16 @@ def inverse(self:ReversibleSequence,
     if context: check_context(context, self, len(y1))
     for i,b in reversed(list(enumerate(self))): y1,y2 = b.inverse(y1, y2, exact, **for_block(context, i))
     return y1,y2
+
+# %% ../../nbs/core/07_sequence.ipynb #0015c7e4
+@patch
+def _own(self:ReversibleSequence): return {} if self.near is None else {'near': self.near}
+
+@patch
+def _check_near(self:ReversibleSequence):
+    "Refuse what could not be near"
+    check_near(self.near)
+    for i,b in enumerate(self):
+        if 'forward' in b.__dict__ or type(b).forward is not ReversibleBlock.forward:
+            raise ValueError(f"block {i} has a forward of its own, which knows nothing of near: leave near out")
+
