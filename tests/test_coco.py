@@ -314,3 +314,8 @@ def test_a_picture_of_what_was_found():
         scores=torch.tensor([.9,.2]), masks=torch.ones(2, 1, 40, 40)*torch.tensor([.9,.1]).view(2, 1, 1, 1))
     drawn = draw_scene(x, there, ['a','b'])
     assert drawn.shape == (3,400,400) and drawn[:,40,100].any() and not draw_scene(x, there, ['a','b'], .95).any()
+
+def test_masks_that_lie_on_each_other_are_seen():
+    there = dict(boxes=torch.tensor([[0.,0.,40.,40.]]*2), labels=torch.tensor([1,2]), masks=torch.ones(2, 40, 40))
+    drawn = draw_scene(torch.zeros(3, 40, 40), there, ['a','b'])
+    assert drawn[:,200,200].any()   # inside, far from the lines and the names

@@ -161,5 +161,6 @@ def draw_scene(
     if masks is not None:
         drawn = masks[sure].cpu().view(len(sure), *x.shape[1:])>.5   # a detector's are probabilities
         drawn = drawn.repeat_interleave(n, 1).repeat_interleave(n, 2)
-        im = draw_segmentation_masks(im, drawn, .4, colors)
+        # one by one: where masks lie on each other torchvision would leave all of them out
+        for m,c in zip(drawn, colors): im = draw_segmentation_masks(im, m[None], .4, [c])
     return draw_bounding_boxes(im, there['boxes'][sure].cpu()*n, names, colors, width=2, fill_labels=True)
