@@ -140,7 +140,9 @@ def test_a_finished_run_has_nothing_to_do(straight):
 @pytest.mark.parametrize('kw,said', [
     (dict(recipe=replace(small, weight_decay=.1)), 'its weight_decay is 0.2, here it is 0.1'),
     (dict(seed=4), 'its seed is 3, here it is 4'),
-    (dict(recipe=replace(small, batch_size=128)), 'belongs to another run')], ids=['decay','seed','batch'])
+    (dict(recipe=replace(small, batch_size=128)), 'belongs to another run'),
+    (dict(recipe=replace(small, data='images')), 'to a run on digits, and this one is on images: give the folder and')],
+    ids=['decay','seed','batch','data'])
 def test_another_run_is_refused(kw, said, straight, tmp_path):
     with pytest.raises(ValueError, match=said): made(tmp_path, resume=straight.path/'state-2.pth', **kw)
 
