@@ -1,6 +1,7 @@
 """Where the models of `cases.py` compute: on the CPU, or where the environment variable REVVIT_DEVICE says; how
 tests start other processes, and what Python looks through for garbage"""
 import gc, os
+from collections import Counter
 
 import pytest
 from warm import Warm
@@ -23,5 +24,15 @@ def quick_collections():
     `gc.collect()`, which every measurement of memory begins with, took a third of the suite's time"""
     gc.collect()
     gc.freeze()
+
+# files with few tests that take long; the others go by how many they have, and the last are short in both ways
+LONG = 'training','memory','start','distributed','deploy','tutorials','detector','scattered_digits'
+
+def pytest_collection_modifyitems(config, items):
+    "Shared out to several processes, long files come first, or one process waits for the other at the end"
+    if not hasattr(config, 'workerinput'): return
+    counts = Counter(o.path for o in items)
+    def key(o): return o.path.stem.removeprefix('test_') not in LONG, -counts[o.path], o.path.name
+    items.sort(key=key)
 
 def pytest_sessionfinish(): gc.unfreeze()   # or libraries report all of it as leaks
