@@ -247,6 +247,17 @@ def test_the_checkpoint_written_last(at):
         os.utime(at/'runs'/o/'checkpoint.pth', (i,i))
     assert newest_checkpoint() == Path('runs/digits/checkpoint.pth')
 
+@pytest.mark.parametrize('n,said', [(1, ''),
+    (2, 'revvit_test: runs/1/checkpoint.pth: the newest of 2 runs; --weights names another\n')])
+def test_which_of_several_runs_answers(n, said, at, monkeypatch, capsys):
+    for i in range(n):
+        (at/'runs'/str(i)).mkdir(parents=True)
+        (at/'runs'/str(i)/'checkpoint.pth').touch()
+        os.utime(at/'runs'/str(i)/'checkpoint.pth', (i,i))
+    monkeypatch.setattr('revvit.use.inference.get_model', lambda *args: args)
+    predict._model_for(SimpleNamespace(weights=None, model=None, classes=None), 'cpu', 'revvit_test')
+    assert capsys.readouterr().err==said
+
 @pytest.mark.parametrize('text,keep,exact,want', [(None, None, None, (0., None)), (None, .5, False, (.5, False)),
     ('{"keep": 0.25, "exact": true}', None, None, (.25, True)), ('{"keep": 0.25, "exact": true}', 0., None, (0., True)),
     ('{"keep": 0.25, "exact": true}', None, False, (.25, False))])

@@ -43,10 +43,12 @@ class Looking(FlagGroup):
         device:str|None=None, # cpu, cuda, cuda:1, mps, ...; by default the GPU if there is one
     ): store_attr()
 
-def _model_for(which, device):
+def _model_for(which, device, name='revvit_predict'):
     "The model that the flags mean, with the class names of its text file"
     from revvit.use.inference import get_model, name_classes
-    if which.weights is None and which.model is None: which.weights = newest_checkpoint()
+    if which.weights is None and which.model is None:
+        which.weights,n = newest_checkpoint(),len([*Path('runs').glob('*/checkpoint.pth')])
+        if n>1: _say(f"{which.weights}: the newest of {n} runs; --weights names another", name=name)
     m = get_model(which.model, which.weights, device)
     if which.classes is not None: name_classes(m, which.classes)
     return m
@@ -199,7 +201,8 @@ def revvit_test(test:TestData, which:WhichModel, look:Looking, say:Report):
     check_amp(look.amp)
     if say.confusion: check_report(say.confusion, ('.png','.csv'))
     if say.predictions: check_report(say.predictions, ('.csv',))
-    m,workers = _model_for(which, look.device),min(8, os.cpu_count() or 1) if look.workers is None else look.workers
+    m = _model_for(which, look.device, 'revvit_test')
+    workers = min(8, os.cpu_count() or 1) if look.workers is None else look.workers
     if is_detector(m):
         from revvit.use.detect import test_things
         return test_things(m, test, look, say)
