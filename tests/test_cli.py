@@ -936,9 +936,9 @@ def test_ctrl_c_while_importing(name, swallow, tmp_path):
     assert (p.returncode, out, err) == (130, '', f'{name}: interrupted\n')
 
 @pytest.mark.skipif(os.name != 'posix', reason='pipes are those of POSIX')
-@pytest.mark.parametrize('name,args', [('revvit_predict', ['--weights', 'runs/digits/checkpoint.pth', *['runs/digits/digit_3.png']*50]),
-                                       ('revvit_train', ['--epochs', '1', '--batch-size', '512', '--out'])],
-                         ids=['predict', 'train'])
+@pytest.mark.parametrize('name,args', [
+    ('revvit_predict', ['--weights', 'runs/digits/checkpoint.pth', *['runs/digits/digit_3.png']*50]),
+    ('revvit_train', ['--epochs', '1', '--batch-size', '512', '--out'])], ids=['predict', 'train'])
 def test_a_reader_that_leaves(name, args, work, tmp_path, warm):
     "`| head -1`: nothing is said, and the exit code is that of a program in a pipe"
     args = args+[str(tmp_path/'run')] if name == 'revvit_train' else args
