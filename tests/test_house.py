@@ -174,6 +174,14 @@ def test_cases_have_one_order(path):
     assert not sets
 
 @pytest.mark.parametrize('path', notebooks, ids=name)
+def test_a_notebook_leaves_modules_as_they_are(path):
+    "nbdev_test runs several notebooks in one process: what one changes inside a module, the next one gets"
+    trees = [ast.parse(re.sub(r'^[!%].*$', '', src, flags=re.M)) for src,_ in cells(path, 'code') if '._' in src]
+    targets = [t for tree in trees for o in tree.body if isinstance(o, ast.Assign) for t in o.targets]
+    changed = [ast.unparse(t) for t in targets if isinstance(t, ast.Attribute) and re.match('_[^_]', t.attr)]
+    assert not changed, f"change it within unittest.mock.patch.object: {changed}"
+
+@pytest.mark.parametrize('path', notebooks, ids=name)
 def test_a_notebook_hushes_only_what_it_names(path):
     "nbdev_test runs several notebooks in one process: a filter for all warnings hushes the next one too"
     trees = [ast.parse(re.sub(r'^[!%].*$', '', src, flags=re.M)) for src,_ in cells(path, 'code') if 'warnings.' in src]
