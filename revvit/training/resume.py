@@ -128,8 +128,8 @@ def _restore(learn, content):
         if longer and k in ('epochs','warmup_epochs','steps'): continue
         if mine[k]!=theirs.get(k, getattr(type(learn.recipe), k, None)):   # an older version did not know all
             if k=='data':
-                raise ValueError(f"{content['path']} belongs to a run on {theirs[k]}, and this one is on {mine[k]}: give "
-                                 "the folder and the recipe of that run again")
+                raise ValueError(f"{content['path']} belongs to a run on {theirs[k]}, and this one is on {mine[k]}: "
+                                 "give the folder and the recipe of that run again")
             raise ValueError(f"{content['path']} belongs to another run: its {k} is {theirs.get(k)!r}, "
                              f"here it is {mine[k]!r}")
     # chunks may change when memory does, and an older version did not know all arguments
