@@ -177,7 +177,7 @@ def _tested(test, weights):
     if held: _say(f"{test.data}: counted are the files that the run in {held.parent} held out, and none that it was "
                   "trained on; --part all counts all", name='revvit_test')
     elif test.part=='held-out':
-        raise ValueError(f"{test.data}: no held-out.csv beside the weights says what of it was held out: --part all "
+        raise ValueError(f"{test.data}: no held-out.csv beside the weights names files of it: --part all "
                          "counts all")
     return held or test.data
 
