@@ -1239,6 +1239,11 @@ def test_photographs_without_a_recipe(photos, here):
         r = here(photos, 'revvit_test', *words, '--on-bad', 'skip')
         assert r.returncode == 0 and f'; {n} files in' in r.stdout and (n == 30 or r.stdout.startswith(top1)), (part, r)
         assert ('counted are the files that the run in run held out' in r.stderr) == (n == 6)
+    shutil.copytree(photos/'photos', photos/'moved')
+    r = here(photos, 'revvit_test', '--data', 'moved', '--weights', 'run/checkpoint.pth', '--workers', 0, '--on-bad',
+             'skip')
+    assert r.returncode == 0 and '; 30 files in' in r.stdout
+    assert 'moved: all files are counted, for this is not the folder that the run in run divided' in r.stderr
     (photos/'elsewhere').mkdir()
     shutil.copy(photos/'run/checkpoint.pth', photos/'elsewhere')
     for args,said in ((['--part', 'held-out'], 'no held-out.csv beside the weights'),

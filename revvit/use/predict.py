@@ -179,6 +179,9 @@ def _tested(test, weights):
     elif test.part=='held-out':
         raise ValueError(f"{test.data}: no held-out.csv beside the weights names files of it: --part all "
                          "counts all")
+    elif test.part is None and weights and test.data.is_dir() and (weights.parent/'held-out.csv').is_file():
+        _say(f"{test.data}: all files are counted, for this is not the folder that the run in {weights.parent} "
+             "divided; it may have been trained on some of them", name='revvit_test')
     return held or test.data
 
 def _print_report(data, res, classes, faults, json):
