@@ -18,6 +18,14 @@ def warm():
     yield (started:=Warm())
     started.close()
 
+@pytest.fixture
+def strict():
+    "A backward pass that does not come back is an error"
+    from revvit.core.exact import set_self_check
+    was = set_self_check('error')
+    yield
+    set_self_check(was)
+
 @pytest.fixture(scope='module', autouse=True)
 def quick_collections():
     """Half a million objects of the imports stay as long as the process: looking through them again at each

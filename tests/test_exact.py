@@ -18,12 +18,7 @@ amps = pytest.mark.parametrize('amp', AMP.values(), ids=AMP.keys())
 NETS = {k: CASES[k] for k in ('sequence3','tail4','vit3','vit4','image6','clip5')}
 nets = pytest.mark.parametrize('make', NETS.values(), ids=NETS.keys())
 
-@pytest.fixture(autouse=True)
-def strict():
-    "A backward pass that does not come back is an error"
-    was = set_self_check('error')
-    yield
-    set_self_check(was)
+pytestmark = pytest.mark.usefixtures('strict')
 
 def sequences(m): return [o for o in m.modules() if isinstance(o, ReversibleSequence)]
 def switch(m, on, **kw):

@@ -8,7 +8,6 @@ from torch import nn
 import revvit
 from revvit.core.block import ReversibleBlock
 from revvit.core.context import PerImage
-from revvit.core.exact import set_self_check
 from revvit.core.memory import saved_bytes
 from revvit.core.near import lean_off, lean_on, near_mean
 from revvit.core.sequence import ReversibleSequence
@@ -17,12 +16,7 @@ from cases import error, mlp
 
 nears = pytest.mark.parametrize('near', (.5,.25))
 
-@pytest.fixture(autouse=True)
-def strict():
-    "A backward pass that does not come back is an error"
-    was = set_self_check('error')
-    yield
-    set_self_check(was)
+pytestmark = pytest.mark.usefixtures('strict')
 
 def blocks(depth, p=0., drop_path=0., dtype=torch.float32):
     torch.manual_seed(0)

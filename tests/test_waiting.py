@@ -10,7 +10,6 @@ import pytest, torch
 from fastai.vision.all import Callback, DataLoaders, Learner
 from torch import nn
 from torch.nn.functional import cross_entropy
-from revvit.core.exact import set_self_check
 from revvit.training.recipes import recipes
 from revvit.training.learner import learner
 from cases import *
@@ -83,12 +82,9 @@ def test_what_waits_is_seen(fn):
     with pytest.raises((Waits,torch._subclasses.fake_tensor.DynamicOutputShapeException)):
         step(STEPS['sequence'], change=change)
 
-def test_the_self_check_waits_where_it_shall_stop():
+def test_the_self_check_waits_where_it_shall_stop(strict):
     "An error must come at once, a warning may come with the next step"
-    was = set_self_check('error')
-    try:
-        with pytest.raises((Waits,torch._subclasses.fake_tensor.DynamicOutputShapeException)): step(STEPS['vit'])
-    finally: set_self_check(was)
+    with pytest.raises((Waits,torch._subclasses.fake_tensor.DynamicOutputShapeException)): step(STEPS['vit'])
 
 # ---------------------------------------------------------------- a whole step of the Learner
 

@@ -8,6 +8,7 @@ __all__ = ['last_of_each_stride', 'FeatureMaps', 'SimplePyramid', 'PyramidBackbo
 
 # %% ../../nbs/models/19b_detector.ipynb #de456a43
 import inspect, math
+from fastcore.basics import patch
 from collections import OrderedDict
 import timm, torch
 from torch import nn
@@ -165,24 +166,27 @@ class _Described:
                                           f"{type(model).__name__} by its name, with backbone_args")
         return {**self.given, 'backbone': said}
 
-    def input_settings(self, **changes):
-        "How images are prepared, which the detector does itself"
-        t = self.transform
-        settings = dict(mean=tuple(t.image_mean), std=tuple(t.image_std), min_size=t.min_size, max_size=t.max_size)
-        if unknown := sorted(set(changes)-set(settings)):
-            raise ValueError(f"unknown input settings {unknown}: expected some of {sorted(settings)}")
-        return {**settings, **changes}
-
-    def group_matcher(self, coarse=False):
-        "The backbone's patterns that sort parameters by depth; all else is the last layer"
-        start,groups = r'^backbone\.maps\.model\.',self.backbone.maps.model.group_matcher(coarse)
-        def inside(o): return start+f"(?:{o.replace('^', '')})"
-        named = {k: inside(v) if isinstance(v, str) else [(inside(a),b) for a,b in v] for k,v in groups.items()}
-        return {**named, 'heads': f'(?!{start[1:]})'}
-
     def forward(self, images, targets=None): # (3, H, W) each, 0 to 1, and what is in them; losses, or what was found
         if self.training and targets is not None: _check_labels(targets, self.num_classes)
         return super().forward(images, targets)
+
+# %% ../../nbs/models/19b_detector.ipynb #bb052f16
+@patch
+def input_settings(self:_Described, **changes):
+    "How images are prepared, which the detector does itself"
+    t = self.transform
+    settings = dict(mean=tuple(t.image_mean), std=tuple(t.image_std), min_size=t.min_size, max_size=t.max_size)
+    if unknown := sorted(set(changes)-set(settings)):
+        raise ValueError(f"unknown input settings {unknown}: expected some of {sorted(settings)}")
+    return {**settings, **changes}
+
+@patch
+def group_matcher(self:_Described, coarse=False):
+    "The backbone's patterns that sort parameters by depth; all else is the last layer"
+    start,groups = r'^backbone\.maps\.model\.',self.backbone.maps.model.group_matcher(coarse)
+    def inside(o): return start+f"(?:{o.replace('^', '')})"
+    named = {k: inside(v) if isinstance(v, str) else [(inside(a),b) for a,b in v] for k,v in groups.items()}
+    return {**named, 'heads': f'(?!{start[1:]})'}
 
 # %% ../../nbs/models/19b_detector.ipynb #5efa1fa8
 class ReversibleFasterRCNN(_Described, FasterRCNN):
@@ -215,6 +219,18 @@ def _named(name, pretrained, args):
     model = timm.create_model(name, pretrained, num_classes=0, **args)
     return model if hasattr(model, 'set_reversible') else reversible(model)
 
+# %% ../../nbs/models/19b_detector.ipynb #b386f0b2
+def _assembled(body, classes, masks, anchor_scale, box_dim, mask_layers, given):
+    "torchvision's class, with what the backbone tells and what was given"
+    sizes = tuple((round(anchor_scale*s),) for s in body.strides)
+    args = dict(size_divisible=max(body.strides), box_roi_pool=_pool(body.strides, 7),
+                rpn_anchor_generator=AnchorGenerator(sizes, ((.5,1.,2.),)*len(sizes)))
+    if masks: args['mask_roi_pool'] = _pool(body.strides, 14)
+    pool = given.get('box_roi_pool') or args['box_roi_pool']
+    args |= _heads(masks, body.out_channels, classes, box_dim, mask_layers, pool)
+    args |= {k:v for k,v in given.items() if v is not None}
+    return (ReversibleMaskRCNN if masks else ReversibleFasterRCNN)(body, None, **args)
+
 # %% ../../nbs/models/19b_detector.ipynb #ca569de2
 def detector(
     backbone:nn.Module|str, # A registered or rewired model; or the name of one of ours or of timm's
@@ -246,14 +262,3 @@ def detector(
     net.given = dict(backbone=said, num_classes=num_classes, masks=masks, out_channels=out_channels,
                      anchor_scale=anchor_scale, box_dim=box_dim, mask_layers=tuple(mask_layers), **kwargs)
     return net
-
-def _assembled(body, classes, masks, anchor_scale, box_dim, mask_layers, given):
-    "torchvision's class, with what the backbone tells and what was given"
-    sizes = tuple((round(anchor_scale*s),) for s in body.strides)
-    args = dict(size_divisible=max(body.strides), box_roi_pool=_pool(body.strides, 7),
-                rpn_anchor_generator=AnchorGenerator(sizes, ((.5,1.,2.),)*len(sizes)))
-    if masks: args['mask_roi_pool'] = _pool(body.strides, 14)
-    pool = given.get('box_roi_pool') or args['box_roi_pool']
-    args |= _heads(masks, body.out_channels, classes, box_dim, mask_layers, pool)
-    args |= {k:v for k,v in given.items() if v is not None}
-    return (ReversibleMaskRCNN if masks else ReversibleFasterRCNN)(body, None, **args)

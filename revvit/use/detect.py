@@ -6,7 +6,7 @@
 __all__ = ['detect_files', 'in_words', 'drawing_file', 'predict_things', 'own_labels', 'test_things']
 
 # %% ../../nbs/use/46b_detect.ipynb #5fa16dfa
-import os, sys
+import os
 from collections import Counter
 from dataclasses import replace
 from json import dumps
@@ -19,7 +19,8 @@ from ..data.loader import UnreadableFile
 from ..data.scenes import coco_files, is_coco
 from ..models.files import replacing
 from .detection import draw_things, find_things, read_scene, thing_names
-from .many import FilesRead, answer_files, find_files, saved_input
+from .command import tell
+from .many import FilesRead, answer_files, find_files, good_answers, saved_input
 
 # %% ../../nbs/use/46b_detect.ipynb #69b9d29e
 def detect_files(
@@ -66,9 +67,6 @@ def drawing_file(
     return folder/out
 
 # %% ../../nbs/use/46b_detect.ipynb #e6f321e9
-def _say(*sentences, name='revvit_predict'):
-    for o in sentences: print(f"{name}: {o}", file=sys.stderr, flush=True)
-
 def _check(look, say):
     "Refuse what is asked of classifiers alone"
     for k,v,usual in (('views',look.views,5),('crops',look.crops,1),('features',getattr(say, 'features', None),None),
@@ -81,6 +79,7 @@ def _draw(folder, file, path, things, taken):
     out = drawing_file(folder, file, taken)
     with replacing(out) as f: draw_things(path, things).save(f, 'PNG' if out.suffix=='.png' else 'JPEG', quality=92)
 
+# %% ../../nbs/use/46b_detect.ipynb #525dd794
 def predict_things(
     model, # A detector
     files:list, # As for `revvit_predict`
@@ -93,22 +92,17 @@ def predict_things(
     if not 0<=limit<=1: raise ValueError(f"min_score must be from 0 to 1, got {limit:g}")
     if say.draw: say.draw.mkdir(parents=True, exist_ok=True)
     found,notes,faults = find_files(files, image_suffixes)
-    _say(*notes, *faults)
-    answers,taken,code = [],set(),2 if faults else 0
+    tell(*notes, *faults)
+    answers,taken = [],set()
     with saved_input(found) as paths:
         got = detect_files(model, paths, limit, top, look.batch_size, look.workers, look.amp)
-        for f,path,o in zip(found, paths, got):
-            if isinstance(o, str):
-                _say(o.replace(path, f))
-                code = 2
-                continue
-            (h,w),things = o
+        for f,path,((h,w),things) in good_answers(found, paths, got, faults):
             if say.draw: _draw(say.draw, f, path, things, taken)
             if say.json: answers.append(dict(file=f, height=h, width=w, things=things))
             else: print(f"{f}: {in_words(things, limit)}", flush=True)
     if say.json: print(dumps(answers, indent=1))
-    if taken: _say(f"{len(taken)} picture{'s' if len(taken)>1 else ''} in {say.draw}")
-    return code
+    if taken: tell(f"{len(taken)} picture{'s' if len(taken)>1 else ''} in {say.draw}")
+    return 2 if faults else 0
 
 # %% ../../nbs/use/46b_detect.ipynb #997669f2
 def _things(n): return f"{n} thing{'' if n==1 else 's'}"
@@ -170,6 +164,7 @@ def _print_ap(where, data, res, per_class, faults):
         aps = ', '.join(f"{kind} AP {_percent(o['classes'][name])}" for kind,o in res.items())
         print(f"{name}: {aps}, {_things(n[i])}")
 
+# %% ../../nbs/use/46b_detect.ipynb #50d993dd
 def test_things(
     model, # A detector
     test, # Flags `data`, `root`, `on_bad`
@@ -188,7 +183,7 @@ def test_things(
     data = read_coco(file, test.root or folder, on_bad=test.on_bad)
     found,data,faults = _found_in(model, data, look, test.on_bad)
     out = '1 image cannot be read and is' if len(faults)==1 else f'{len(faults)} images cannot be read and are'
-    if faults: _say(f"{out} not counted: {'; '.join(faults[:3])}{'; ...' if faults[3:] else ''}", name='revvit_test')
+    if faults: tell(f"{out} not counted: {'; '.join(faults[:3])}{'; ...' if faults[3:] else ''}", name='revvit_test')
     res = average_precision(found, data, model.roi_heads.has_mask())
     if not say.json: return _print_ap(test.data, data, res, say.per_class, faults)
     kept = {k: v if say.per_class else {n: o for n,o in v.items() if n!='classes'} for k,v in res.items()}

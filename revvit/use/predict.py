@@ -6,14 +6,14 @@
 __all__ = ['WhichModel', 'Looking', 'Answers', 'revvit_predict', 'TestData', 'Report', 'revvit_test']
 
 # %% ../../nbs/use/47_predict.ipynb #12d931a3
-import os, sys, warnings, zipfile
+import os, warnings, zipfile
 from contextlib import contextmanager
 from json import dumps
 from pathlib import Path
 import numpy as np
 from fastcore.basics import store_attr
 from ..models.files import replacing
-from .command import FlagGroup, command
+from .command import FlagGroup, command, tell
 from .runs import newest_checkpoint, run_held_out
 
 # %% ../../nbs/use/47_predict.ipynb #a5a275c3
@@ -48,7 +48,7 @@ def _model_for(which, device, name='revvit_predict'):
     from revvit.use.inference import get_model, name_classes
     if which.weights is None and which.model is None:
         which.weights,n = newest_checkpoint(),len([*Path('runs').glob('*/checkpoint.pth')])
-        if n>1: _say(f"{which.weights}: the newest of {n} runs; --weights names another", name=name)
+        if n>1: tell(f"{which.weights}: the newest of {n} runs; --weights names another", name=name)
     m = get_model(which.model, which.weights, device)
     if which.classes is not None: name_classes(m, which.classes)
     return m
@@ -67,9 +67,6 @@ def _check_out(path):
     if path.exists() and path.suffix!='.npz':
         raise ValueError(f"{path}: there is such a file, and its name does not end in .npz: choose another")
     path.unlink(missing_ok=True)   # or after a failure that of another run would look like ours
-
-def _say(*sentences, name='revvit_predict'):
-    for o in sentences: print(f"{name}: {o}", file=sys.stderr, flush=True)
 
 def _best(model, probs, names, top):
     "The most probable classes, as dictionaries"
@@ -106,7 +103,7 @@ def revvit_predict(
     "Name what is in images and videos, with probabilities in percent, or find things in images with a detector."
     from revvit.data.from_files import image_suffixes, video_suffixes
     from revvit.use.inference import check_amp, class_names, describe_probs
-    from revvit.use.many import find_files, predict_files, saved_input
+    from revvit.use.many import find_files, good_answers, predict_files, saved_input
     from revvit.use.reader import is_detector, takes_clips
     check_amp(look.amp)
     if say.features: _check_out(say.features)
@@ -117,23 +114,18 @@ def revvit_predict(
     if say.draw or say.min_score is not None: raise ValueError("--draw and --min-score are for a detector, and "
                                                               f"{which.weights or which.model} names images")
     found,notes,faults = find_files(files, video_suffixes if takes_clips(m) else image_suffixes)
-    _say(*notes, *faults)
-    names,answers,feats,code = class_names(m),[],{},2 if faults else 0
+    tell(*notes, *faults)
+    names,answers,feats = class_names(m),[],{}
     with saved_input(found) as paths:
         got = predict_files(m, paths, look.views, look.crops, look.batch_size, look.workers, look.amp)
-        for f,path,o in zip(found, paths, got):
-            if isinstance(o, str):
-                _say(o.replace(path, f))
-                code = 2
-                continue
-            probs,feat = o
+        for f,_,(probs,feat) in good_answers(found, paths, got, faults):
             if say.features: feats[f] = feat.float().numpy()
             best = _best(m, probs, names, say.top or 5)
             if say.json: answers.append(dict(file=f, **describe_probs(m, probs), top=best))
             else: print(f"{f}: {', '.join(map(_in_percent, best))}", flush=True)
     if say.json: print(dumps(answers, indent=1))
     if feats: _save_arrays(say.features, feats)
-    return code
+    return 2 if faults else 0
 
 # %% ../../nbs/use/47_predict.ipynb #9281cdb2
 @contextmanager
@@ -142,7 +134,7 @@ def _spoken(name):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('default', UserWarning)
         yield
-    _say(*dict.fromkeys(str(o.message) for o in said if issubclass(o.category, UserWarning)), name=name)
+    tell(*dict.fromkeys(str(o.message) for o in said if issubclass(o.category, UserWarning)), name=name)
 
 class TestData(FlagGroup):
     "Data"
@@ -174,13 +166,13 @@ def _tested(test, weights):
     "What is to be counted: `test.data`, or the list of what the run of these weights held out of it"
     if test.part not in (None,'held-out','all'): raise ValueError(f"part must be held-out or all, got {test.part!r}")
     held = None if test.part=='all' or weights is None else run_held_out(weights, test.data)
-    if held: _say(f"{test.data}: counted are the files that the run in {held.parent} held out, and none that it was "
+    if held: tell(f"{test.data}: counted are the files that the run in {held.parent} held out, and none that it was "
                   "trained on; --part all counts all", name='revvit_test')
     elif test.part=='held-out':
         raise ValueError(f"{test.data}: no held-out.csv beside the weights names files of it: --part all "
                          "counts all")
     elif test.part is None and weights and test.data.is_dir() and (weights.parent/'held-out.csv').is_file():
-        _say(f"{test.data}: all files are counted, for this is not the folder that the run in {weights.parent} "
+        tell(f"{test.data}: all files are counted, for this is not the folder that the run in {weights.parent} "
              "divided; it may have been trained on some of them", name='revvit_test')
     return held or test.data
 
@@ -215,7 +207,7 @@ def revvit_test(test:TestData, which:WhichModel, look:Looking, say:Report):
         dl = eval_loader(m, _tested(test, which.weights), look.batch_size, workers, look.views, test.root, look.crops,
                          test.on_bad)
     judged,names = judge(m, dl, amp=look.amp),class_names(m)
-    if dl.faults: _say(f"{len(dl.faults)} of {len(dl.dataset)} files cannot be read and are not counted: "
+    if dl.faults: tell(f"{len(dl.faults)} of {len(dl.dataset)} files cannot be read and are not counted: "
                        f"{'; '.join(dl.faults[:3])}{'; ...' if dl.faults[3:] else ''}", name='revvit_test')
     if say.confusion: write_confusion(say.confusion, judged, names)
     if say.predictions: write_predictions(say.predictions, dl.files_read, judged, names)
