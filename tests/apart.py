@@ -192,7 +192,7 @@ def distance(got, want, zeros=False):
     """The name that differs most, and by how much: relative L2, small ones measured by the size of the others;
     infinite where one is None, unless `zeros` may stand for it"""
     if got.keys()!=want.keys(): return str(sorted(got.keys()^want.keys())[:3]),float('inf')
-    norms = [float(w.double().norm()) for k,w in want.items() if w is not None and not k.startswith('output')]
+    norms = [float(w.detach().double().norm()) for k,w in want.items() if w is not None and not k.startswith('output')]
     floor,worst = .01*(sum(n*n for n in norms)/max(1, len(norms)))**.5,('nothing',0.)
     for k,w in want.items():
         g = got[k]

@@ -202,6 +202,7 @@ def test_backward_in_inference_mode_or_inside_another_is_refused():
     assert all(p.grad is None for p in m.parameters())
     assert same(torch.autograd.grad(loss, needing(m)), grads(m, xs))
 
+@pytest.mark.filterwarnings('ignore:block . goes by ordinary autograd') # test_stored has the warning
 @pytest.mark.parametrize('fault', [KeyError, KeyboardInterrupt])
 def test_an_interrupt_and_a_hooked_block_leave_no_gradients_either(fault):
     for hooked in (None,2,3):
@@ -225,6 +226,7 @@ def test_wrong_blocks_and_tails_are_refused_in_a_sentence():
 
 # --- hooks, and lists of blocks
 
+@pytest.mark.filterwarnings('ignore:block . goes by ordinary autograd') # test_stored has the warning
 def test_hooks_may_replace_what_they_see():
     m,xs = sequence(5, 2)
     m[0].f.register_forward_hook(lambda m,i,o: o*2)
@@ -236,6 +238,7 @@ def test_hooks_may_replace_what_they_see():
     m[4].register_forward_pre_hook(lambda m,i: (i[1],i[0]))
     check_grads(m, *xs)
 
+@pytest.mark.filterwarnings('ignore:block . goes by ordinary autograd') # test_stored has the warning
 def test_a_block_with_its_own_forward():
     class Crossed(ReversibleBlock):
         def forward(self, x1, x2): return super().forward(x1, x2)[::-1]

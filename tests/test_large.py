@@ -8,7 +8,7 @@ from revvit.models.layers import attention_half, mlp_half
 from revvit.core.memory import peak_bytes
 from revvit.core.testing import weighted_sum
 from cases import *
-from test_exact import AMP, amps, answers, equal, strict, switch
+from test_exact import AMP, amps, answers, equal, switch
 
 pytestmark = pytest.mark.skipif(DEVICE.type!='cpu', reason='elsewhere such an image is no large one')
 TOKENS,DIM = 1700,24

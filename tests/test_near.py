@@ -235,6 +235,7 @@ def test_compiled(near, amp):
     assert all(torch.equal(a, b) for a,b in zip(got, want, strict=True))
 
 @nears
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning') # sizes become constants
 def test_traced(near):
     m,x = revvit.reversible(vit().eval(), near=near),torch.randn(2, 3, 16, 16)
     traced = torch.jit.trace(m, x, check_trace=False)   # of which the grid is no part

@@ -64,7 +64,6 @@ def test_an_answer_is_awaited_on_its_own_device(device, monkeypatch):
 def test_chunks_of_a_device_that_is_no_cpu():
     assert chunk_size(torch.empty(256, 196, 1024, device='meta'))==2**29//64//1024//196
 
-@pytest.mark.filterwarnings('ignore::DeprecationWarning')
 @pytest.mark.parametrize('m, words', [(torch.square,'f must be a module, got'),
                                       (lambda: torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)),'scripted or traced'),
                                       (lambda: nn.Sequential(nn.LazyLinear(2)),'lazy module .0. that has no weights'),

@@ -93,7 +93,8 @@ def test_states_from_the_first_step_on(flags, step, newest, straight, tmp_path, 
     assert train(tmp_path, '--out', 'run', *flags, kill=('after_batch', 90, step)) == -signal.SIGKILL
     assert states(tmp_path/'run')[0].name == newest
     assert train(tmp_path, '--out', 'run', '--resume', *flags) == 0
-    assert 'run: goes on in epoch ' in capfd.readouterr().out
+    at = newest.removesuffix('.pth').split('-')
+    assert f'run: goes on after step {at[2]} of epoch {int(at[1])+1}\n' in capfd.readouterr().out
     assert same(end_of(tmp_path/'run'), end_of(straight))
 
 def test_another_command_does_not_begin_there(here, tmp_path):

@@ -7,13 +7,14 @@ __all__ = ['judge', 'accuracy', 'evaluate', 'class_index', 'folder_items', 'File
            'check_report', 'write_predictions', 'write_confusion']
 
 # %% ../../nbs/use/41_evaluation.ipynb #7d3f0c41
-import csv, io, math
+import csv, io, math, os
 from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import DistributedSampler, default_collate
 from tqdm import tqdm
 from ..core.device import out_of_memory
+from ..data.from_files import a_few
 from ..data.loader import ReadingLoader
 from ..models.files import replacing, write_file
 from .inference import batch_size_for, class_names, evaluating, input_like, public_names, to_float64
@@ -180,6 +181,14 @@ def _items(model, data, root=None):
     if not found: return folder_items(data, model)
     return list(read_clip_list(found[0], root, classes=model.num_classes).items())
 
+def _only(items, data, names):
+    "Those of `items` whose names below `data` are among `names`"
+    by_name = {os.path.relpath(o[0], data): o for o in items}
+    if gone := [o for o in names if o not in by_name]:
+        raise ValueError(f"{data}: {a_few(gone)}, which should be counted, {'are' if gone[1:] else 'is'} not there")
+    return [o for k,o in by_name.items() if k in {*names}]
+
+# %% ../../nbs/use/41_evaluation.ipynb #3214f7e9
 def eval_loader(
     model, # What the files are for
     data:str|Path, # Class folders, or a folder `val` of them; for clips also a list of `path label`, or its folder
@@ -189,15 +198,17 @@ def eval_loader(
     root:str|Path|None=None, # Where relative paths in a list start; None for the folder of the list
     crops:int=1, # Of each clip or image: 1, 3 or 5
     on_bad:str='raise', # A file that cannot be read: 'raise', or 'skip' to leave it out
+    only:list|None=None, # Names below `data` of the files to count; None for all
 )->EvalLoader: # For `evaluate`
-    "Loader of all files of a test set, for `model`"
+    "Loader of the files of a test set, for `model`"
     if on_bad not in ('raise','skip'): raise ValueError(f"on_bad must be raise or skip, got {on_bad!r}")
     tfm = model_transform(model, views, crops)
     if bs is None: bs = batch_size_for(model, views, crops)
     if bs<1 or workers<0:
         raise ValueError(f"the batch size must be 1 or more and workers 0 or more, got {bs} and {workers}")
-    items = FileItems(_items(model, Path(data), root), tfm, on_bad)
-    return EvalLoader(items, takes_clips(model) or crops>1, batch_size=bs, num_workers=workers)
+    items = _items(model, Path(data), root)
+    if only is not None: items = _only(items, data, only)
+    return EvalLoader(FileItems(items, tfm, on_bad), takes_clips(model) or crops>1, batch_size=bs, num_workers=workers)
 
 # %% ../../nbs/use/41_evaluation.ipynb #801b974d
 def per_class(

@@ -119,7 +119,8 @@ def recognise_model(
     "Which of our models a file of foreign weights is for"
     fits = [(n,k) for n in _ours() for k,fit in [_fit(path, n, content)] if fit]
     if len(fits)==1: return fits[0]
-    raise ValueError(f"{path} does not say which model it is for: add its name (--model), one of {', '.join(_ours())}")
+    raise ValueError(f"{path} does not say which model it is for: add its name (--model), one of {', '.join(_ours())}; "
+                     "the tutorial fine_tune_pretrained takes weights of timm's other models")
 
 # %% ../../nbs/use/40_inference.ipynb #f9a7ced9
 def _fetch(name):

@@ -14,7 +14,7 @@ import numpy as np
 from fastcore.basics import store_attr
 from ..models.files import replacing
 from .command import FlagGroup, command, tell
-from .runs import newest_checkpoint, run_held_out
+from .runs import newest_checkpoint, run_folder, run_held_out, run_setting
 
 # %% ../../nbs/use/47_predict.ipynb #a5a275c3
 class WhichModel(FlagGroup):
@@ -144,12 +144,14 @@ class TestData(FlagGroup):
         # format with instances_val*.json or, as Roboflow's, valid/_annotations.coco.json, or such a file
         data:Path,
         # Of a folder without val: all files, or held-out, those that the run which wrote --weights did not train on;
-        # by default held-out if the run was trained on this folder, else all
+        # by default held-out if the run was trained on this folder or a copy of it, else all
         part:str|None=None,
         # Where relative paths in a list of videos, or in a file of COCO's format, start; by default the folder of the
         # list, or where COCO's format has the images
         root:Path|None=None,
-        on_bad:str='raise', # A file that cannot be read: raise, or skip to count the others and say how many are out
+        # A file that cannot be read: raise, or skip to count the others and say how many are out; by default as the run
+        # that wrote --weights did, else raise
+        on_bad:str|None=None,
     ): store_attr()
 
 class Report(FlagGroup):
@@ -162,19 +164,22 @@ class Report(FlagGroup):
     ): store_attr()
 
 # %% ../../nbs/use/47_predict.ipynb #52ac95fb
-def _tested(test, weights):
-    "What is to be counted: `test.data`, or the list of what the run of these weights held out of it"
+def _counted(test, weights):
+    "Names of what is to be counted, those that the run of these weights held out; None for all"
+    from revvit.data.class_folders import part_folders
     if test.part not in (None,'held-out','all'): raise ValueError(f"part must be held-out or all, got {test.part!r}")
     held = None if test.part=='all' or weights is None else run_held_out(weights, test.data)
-    if held: tell(f"{test.data}: counted are the files that the run in {held.parent} held out, and none that it was "
-                  "trained on; --part all counts all", name='revvit_test')
+    if held:
+        tell(f"{test.data}: counted are the {len(held)} files that the run in {run_folder(weights)} held out, by their "
+             "names, and none that it was trained on; --part all counts all", name='revvit_test')
     elif test.part=='held-out':
         raise ValueError(f"{test.data}: no held-out.csv beside the weights names files of it: --part all "
                          "counts all")
-    elif test.part is None and weights and test.data.is_dir() and (weights.parent/'held-out.csv').is_file():
-        tell(f"{test.data}: all files are counted, for this is not the folder that the run in {weights.parent} "
+    elif (test.part is None and weights and test.data.is_dir() and (run_folder(weights)/'held-out.csv').is_file() and
+          not part_folders(test.data) and not (test.data/'val.csv').is_file()):
+        tell(f"{test.data}: all files are counted, for this is not the folder that the run in {run_folder(weights)} "
              "divided; it may have been trained on some of them", name='revvit_test')
-    return held or test.data
+    return held
 
 def _print_report(data, res, classes, faults, json):
     "What a test found, as text or as JSON"
@@ -194,6 +199,7 @@ def revvit_test(test:TestData, which:WhichModel, look:Looking, say:Report):
     from revvit.use.inference import check_amp, class_names
     from revvit.use.reader import is_detector
     check_amp(look.amp)
+    if test.on_bad is None: test.on_bad = run_setting(which.weights, 'on_bad', 'raise')
     if say.confusion: check_report(say.confusion, ('.png','.csv'))
     if say.predictions: check_report(say.predictions, ('.csv',))
     m = _model_for(which, look.device, 'revvit_test')
@@ -204,8 +210,8 @@ def revvit_test(test:TestData, which:WhichModel, look:Looking, say:Report):
     if is_coco(test.data): raise ValueError(f"{test.data}: things in images, in COCO's format, on which a detector is "
                                             f"tested, and {which.weights or which.model} names images")
     with _spoken('revvit_test'):
-        dl = eval_loader(m, _tested(test, which.weights), look.batch_size, workers, look.views, test.root, look.crops,
-                         test.on_bad)
+        dl = eval_loader(m, test.data, look.batch_size, workers, look.views, test.root, look.crops, test.on_bad,
+                         _counted(test, which.weights))
     judged,names = judge(m, dl, amp=look.amp),class_names(m)
     if dl.faults: tell(f"{len(dl.faults)} of {len(dl.dataset)} files cannot be read and are not counted: "
                        f"{'; '.join(dl.faults[:3])}{'; ...' if dl.faults[3:] else ''}", name='revvit_test')

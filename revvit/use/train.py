@@ -15,8 +15,8 @@ from fastcore.basics import store_attr
 from ..core.device import allow_tf32, pick_device
 from ..models.files import write_file
 from .command import FlagGroup, all_flags, command
-from .runs import (accuracy_line, claim_run, fit_run, held_out_line, recipe_settings, run_config,
-    sample_digit, set_modes, write_held_out)
+from .runs import (accuracy_line, claim_run, config_text, fit_run, held_out_line, recipe_settings,
+    run_config, sample_digit, set_modes, write_held_out)
 
 # %% ../../nbs/use/46_train.ipynb #d2ca001d
 def _check_flags(flags):
@@ -67,6 +67,7 @@ def _recipe(flags):
     if flags.weights and own:
         flags.new_head = True
         if flags.model is None: r = fit_to_weights(r, flags.weights)
+        if flags.img_size or flags.frames: flags.new_size = True
     names = ('epochs batch_size lr accumulate model img_size frames average freeze layer_decay backbone_lr clip '
              'step_in_backward optimizer').split()
     r = changed_recipe(r, **{k: getattr(flags, k) for k in names})
@@ -113,10 +114,11 @@ def _train(r, flags):
     if not rank_distrib():
         if t := learn.keep_state.pending:
             done = f"all {r.epochs} epochs are done, nothing is left to train"
-            on = f"goes on in epoch {t['epoch']+1} after {t['step']} steps of it"
+            part = f"after step {t['step']} of" if t['step'] else 'with'
+            on = f"goes on {part} epoch {t['epoch']+1}"
             print(f"{out}: {on if t['epoch']<r.epochs else done}")
         cfg = run_config(r, learn, **told)
-        for k,v in cfg.items(): print(f'{k:16} {v}')
+        print(config_text(cfg))
         write_file(out/'config.json', dumps(cfg, indent=1))
         if r.data in ('images','clips'): write_held_out(out, learn.dls.held)
         add_boards(learn, [o for o in BOARDS if getattr(flags, o)], cfg)
@@ -210,7 +212,8 @@ class ModelFlags(FlagGroup):
         # default the recipe's
         freeze:str|None=None,
         new_head:bool=False, # Leave the classifier of --weights and begin with a new one, as other classes need
-        # Resample the position embedding of --weights, for another image size or number of frames
+        # Resample the position embedding of --weights, for another image size or number of frames; of one's own data
+        # --img-size and --frames say so already
         new_size:bool=False,
         # Images or clips in a block at a time, fewer take less memory; by default as suits the device
         chunk:int|None=None,
