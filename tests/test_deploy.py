@@ -47,7 +47,7 @@ def test_onnx(make, tmp_path):
         out, = session.run(None, {given.name: x[:n].numpy()})
         assert_close(torch.from_numpy(out), want[:n], rtol=1e-4, atol=1e-5)
 
-@pytest.mark.parametrize('make', [vit,clips])
+@pytest.mark.parametrize('make', [vit, pytest.param(clips, marks=pytest.mark.slow)])
 def test_compiled(make):
     m,x,want = trained(make)
     compiled = torch.compile(m, dynamic=True, backend='aot_eager')   # what a back end makes of it is not ours

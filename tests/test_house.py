@@ -115,6 +115,7 @@ def test_exported_cells_are_short(path):
             and sum(bool(l.strip()) for l in src.splitlines()) > 41]
     assert not long, f'more than 40 lines: {long}'
 
+@pytest.mark.slow   # the workflow `docs` builds the site
 def test_site_can_be_prepared(tmp_path, warm):
     """For the site nbdev runs the exported cells and every cell with an import, nothing else: such a cell has to work
     without the others"""
