@@ -193,3 +193,8 @@ def test_labels_of_no_category(label, who, says):
 @pytest.mark.parametrize('masks,name', [(True,'box_score_tresh'), (False,'mask_head'), (True,'size')])
 def test_words_that_torchvision_does_not_know(masks, name):
     with pytest.raises(TypeError, match=f"RCNN has no argument '{name}'"): detector(rev_vit(), 2, masks, **{name: None})
+
+@pytest.mark.parametrize('widths', [8, (), '8'])
+def test_widths_of_the_mask_head(widths):
+    with pytest.raises(ValueError, match='mask_layers must be the widths of one convolution or more, as'):
+        detector(rev_vit(), 2, mask_layers=widths)

@@ -203,6 +203,9 @@ def _check_names(cls, given):
 
 def _heads(masks, width, classes, box_dim, mask_layers, pool):
     "Heads of boxes and of masks, and what decides at their ends"
+    if not isinstance(mask_layers, (tuple,list)) or not mask_layers:
+        raise ValueError("mask_layers must be the widths of one convolution or more, as (256,256), got "
+                         f"{mask_layers!r}")
     out = dict(box_head=TwoMLPHead(width*pool.output_size[0]**2, box_dim),
                box_predictor=FastRCNNPredictor(box_dim, classes))
     if not masks: return out
