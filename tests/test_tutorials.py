@@ -1,5 +1,6 @@
-"""Programs in tutorials that are meant to be pasted run by themselves, in a process and an empty folder of their own,
-with models made small around the code, which is not changed. The cells are run by `nbdev_test`, from first to last."""
+"""Tutorials run as they are read: each from its first cell to its last, and each program that is meant to be pasted by
+itself, in a process and an empty folder of its own. Models and training are made small around the code, which is not
+changed. That the full ones learn what they should is asserted in the notebooks, so an assertion may fail here."""
 import json, os, re
 from pathlib import Path
 
@@ -85,6 +86,43 @@ def test_there_is_something_to_paste(): assert {*READ} <= {o.values[0].stem for 
 def test_pasted_program_runs(folder, path, code, warm):
     "By itself: with its own imports, in its own order, from data and weights on disk to a trained model"
     ran = run(small_models+code, folder, warm)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+
+# ---------------------------------------------------------------- what is read
+
+# an epoch of fastai's is two steps, and there are fewer digits; a failed assertion about what was learned is no
+# failure of this test
+short = '''
+import torch
+torch.set_num_threads(1)
+from fastai.vision.all import CancelTrainException, Callback, Learner
+import revvit.data.digits, revvit.data.moving_digits
+class Few(Callback):
+    "Two steps an epoch"
+    order = 70
+    def before_batch(self):
+        if self.training and self.iter>1: raise CancelTrainException
+init = Learner.__init__
+def short_init(self, *args, **kwargs):
+    init(self, *args, **kwargs)
+    self.add_cb(Few())
+Learner.__init__ = short_init
+digits,hold_out = revvit.data.digits.digits,revvit.data.digits.hold_out
+revvit.data.digits.digits = lambda: tuple(o[:400] for o in digits())
+# not that of the videos, which is bound already
+revvit.data.digits.hold_out = lambda labels, per_class, seed=0: hold_out(labels, min(per_class, 4), seed)
+'''
+
+@pytest.mark.parametrize('path', [o for o in tutorials if o.stem in READ], ids=name)
+def test_cells_run_in_order(path, tmp_path, warm):
+    "Nothing is used that an earlier cell does not make; the process knows nothing but the page"
+    code = short + f'''
+names = {{'__name__': '__main__'}}
+for i,cell in enumerate({cells(path, 'code')!r}):
+    try: exec(compile(cell, f'cell {{i}}', 'exec'), names)
+    except AssertionError: print('assertion', cell)
+'''
+    ran = run(code, tmp_path, warm)
     assert ran.returncode == 0, ran.stderr[-2000:]
 
 # ---------------------------------------------------------------- what the tables promise
