@@ -42,6 +42,18 @@ def test_R40_seeded_leaves_no_trace_even_if_what_is_inside_fails():
     with pytest.raises(ZeroDivisionError), seeded(5): draws(),1/0
     assert (first, draws()) == want
 
+@pytest.mark.parametrize('workers', [0,2])
+def test_R40_an_item_draws_anew_in_each_epoch(workers):
+    "Augmentation that came back the same would be none"
+    class Drawing:
+        def __len__(self): return 4
+        def __getitem__(self, i): return torch.rand(1),torch.tensor(i)
+    def passes(dl): return [[x.as_subclass(torch.Tensor).tolist() for x,_ in dl] for _ in range(2)]
+    def made(): return EpochDL(Drawing(), seed=1, bs=2, num_workers=workers, device=torch.device('cpu'))
+    first,second = passes(made())
+    assert {o for b in first for o, in b}.isdisjoint(o for b in second for o, in b)
+    assert [first,second] == passes(made())
+
 # ---------------------------------------------------------------- orders
 
 @pytest.mark.parametrize('bs', [1,2,3])
