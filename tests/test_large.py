@@ -10,7 +10,8 @@ from revvit.core.testing import weighted_sum
 from cases import *
 from test_exact import AMP, amps, answers, equal, switch
 
-pytestmark = pytest.mark.skipif(DEVICE.type!='cpu', reason='elsewhere such an image is no large one')
+pytestmark = [pytest.mark.skipif(DEVICE.type!='cpu', reason='elsewhere such an image is no large one'),
+              pytest.mark.usefixtures('strict')]
 TOKENS,DIM = 1700,24
 
 def large(depth=2, b=2, drop_path=0., chunk=None, dtype=torch.float32, heads=4, make=None, **kw):
