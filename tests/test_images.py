@@ -462,8 +462,8 @@ def test_R39_a_killed_worker_is_noticed(folder, how):
     start = time.monotonic()
     os.kill(multiprocessing.active_children()[0].pid, getattr(signal, how))
     ended = 'a process that reads data was ended from outside, most often for want of memory: '
-    # the watch over the workers sees it first, or else the pipe that a batch was to come through
-    with pytest.raises(RuntimeError, match=f'{ended}(DataLoader worker .*pid|.*Connection reset by peer)'): list(it)
+    # PyTorch's sentence alone if it was told between two batches
+    with pytest.raises(RuntimeError, match=f'^({ended})?DataLoader worker .*pid'): list(it)
     assert time.monotonic()-start < 30
     del it; gc.collect()
     assert not multiprocessing.active_children()

@@ -1,6 +1,6 @@
 """The loader on toy items: draws and orders that depend on seed, epoch and index alone (R40), what fastai does with it,
 and files: which are read, what is wrong with them (R35, R38), and their names in errors (R37)"""
-import copy, gc, multiprocessing, pickle, random, warnings
+import copy, gc, multiprocessing, os, pickle, random, signal, time, warnings
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
@@ -13,11 +13,12 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.vision.core import TensorImage
 from PIL import Image
 from torch.testing import assert_close
+from torch.utils.data import Dataset
 import revvit.data.digits as digits, revvit.data.from_files as from_files, revvit.data.loader as loading
 from revvit.data.digits import digits_dls
 from revvit.data.from_files import (a_few, and_more, class_items, file_dls, image_suffixes, is_hidden, naming_file,
     readable)
-from revvit.data.loader import EpochDL, UnreadableFile, epoch_batches, seeded
+from revvit.data.loader import EpochDL, ReadingLoader, UnreadableFile, epoch_batches, seeded
 
 def warned(call):
     "The answer, and what was warned"
@@ -53,6 +54,24 @@ def test_R40_an_item_draws_anew_in_each_epoch(workers):
     first,second = passes(made())
     assert {o for b in first for o, in b}.isdisjoint(o for b in second for o, in b)
     assert [first,second] == passes(made())
+
+class Letters(Dataset):
+    def __len__(self): return 200
+    def __getitem__(self, i): return torch.tensor([i])
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='needs signals')
+def test_R39_a_worker_killed_while_it_holds_a_lock():
+    """R39: every worker asks before each batch whether it is to end. Killed in the middle of that question it leaves
+    the lock shut, and PyTorch's loader would wait for it without an end"""
+    it = iter(ReadingLoader(Letters(), None, num_workers=2))
+    next(it)
+    it.gi_yieldfrom._workers_done_event.event._cond.acquire()
+    start = time.monotonic()
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match='DataLoader worker'): list(it)
+    assert time.monotonic()-start < 30
+    del it; gc.collect()
+    assert not multiprocessing.active_children()
 
 # ---------------------------------------------------------------- orders
 

@@ -6,7 +6,7 @@
 __all__ = ['seeded', 'epoch_batches', 'UnreadableFile', 'EpochDL', 'ReadingLoader']
 
 # %% ../../nbs/data/20_loader.ipynb #f3a34db2
-import random, sys, traceback, warnings
+import random, sys, time, traceback, warnings
 from contextlib import contextmanager
 from itertools import chain
 import numpy as np, torch
@@ -156,21 +156,31 @@ def _handed_over(kind, e, tb):
 
 def _begin(worker): sys.excepthook = _handed_over
 
+class _End:
+    "The event that ends workers, for who sets it: one killed while it asked whether it is set holds its lock for ever"
+    def __init__(self, event): self.event,self.told = event,False
+    def is_set(self): return self.told
+    def set(self):
+        self.told = True
+        if self.event._cond.acquire(True, 1):   # s; else PyTorch ends them after some seconds
+            self.event._cond.release()
+            self.event.set()
+
 def _arriving(it, workers):
     "Batches of an iterator that is held here alone"
-    while True:
-        try: b = next(it)
-        except StopIteration: return
-        except Exception as e:
-            if workers:   # this frame and those of the error hold the worker processes
-                it = None
-                traceback.clear_frames(e.__traceback__)
-            # the second kind if it was about to send a batch
-            gone = str(e).startswith('DataLoader worker') or isinstance(e, (ConnectionError,EOFError))
-            if not (gone and workers): raise
-            raise RuntimeError("a process that reads data was ended from outside, most often for want of memory: "
-                               f"{e}") from None
-        yield b
+    try: yield from it
+    except Exception as e:
+        why = e
+        if workers and isinstance(e, (ConnectionError,EOFError)):   # it was about to send a batch
+            try: time.sleep(1)   # PyTorch's news of its end interrupts this
+            except RuntimeError as news: why = news
+        if workers:   # this frame and those of the error hold the worker processes
+            it = None
+            traceback.clear_frames(e.__traceback__)
+        gone = str(why).startswith('DataLoader worker') or isinstance(why, (ConnectionError,EOFError))
+        if not (gone and workers): raise
+        raise RuntimeError("a process that reads data was ended from outside, most often for want of memory: "
+                           f"{why}") from None
 
 class ReadingLoader(DataLoader):
     "PyTorch's loader; that a worker was killed is told by one error"
@@ -179,7 +189,10 @@ class ReadingLoader(DataLoader):
         *args, # Likewise
         **kwargs, # Likewise
     ): super().__init__(dataset, *args, worker_init_fn=_begin, **kwargs)
-    def __iter__(self): return _arriving(super().__iter__(), self.num_workers)
+    def __iter__(self):
+        it = super().__iter__()
+        if self.num_workers: it._workers_done_event = _End(it._workers_done_event)
+        return _arriving(it, self.num_workers)
 
 # %% ../../nbs/data/20_loader.ipynb #fee3b046
 @patch
