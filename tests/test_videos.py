@@ -210,10 +210,24 @@ def test_R36_any_name(tmp, name, monkeypatch):
         with Video(path) as v: assert shown(v.read([5]))==[5]
     assert is_video(name)
 
+def test_R36_a_title_in_any_encoding(tmp):
+    "PyAV reads it as UTF-8, which that of an old tool may not be"
+    path = tmp/'titled.mkv'
+    with av.open(str(path), 'w') as c:
+        c.metadata['title'] = 'ABCDEF'
+        s = c.add_stream('mpeg4', rate=24)
+        s.width,s.height,s.pix_fmt = 32,32,'yuv420p'
+        for i in range(3): c.mux(s.encode(av.VideoFrame.from_ndarray(stripes(i, (32,32)), format='rgb24')))
+        c.mux(s.encode())
+    raw = path.read_bytes()
+    assert b'ABCDEF' in raw
+    path.write_bytes(raw.replace(b'ABCDEF', 'élève!'.encode('latin1')))
+    with Video(path) as v: assert v.frames==3
+
 def packets(*times, duration=10):
     "An open container without a file, whose packets have these time stamps; those before 0 are there to be built upon"
-    found = [SimpleNamespace(pts=t, dts=None, duration=duration, is_discard=t<0, time_base=Fraction(1,100),
-                             stream_index=0) for t in times]
+    found = [SimpleNamespace(pts=t, dts=None, duration=duration, is_discard=t<0, is_corrupt=False,
+                             time_base=Fraction(1,100), stream_index=0) for t in times]
     form = SimpleNamespace(name='flv')
     return SimpleNamespace(demux=lambda: found, duration=None, start_time=0, format=form), SimpleNamespace(index=0)
 
@@ -324,7 +338,7 @@ def test_R36_truncated_anywhere(tmp, suffix, codec, options):
                 assert 'faststart' not in str(options), 'its index says at once that it is cut'
                 n,x = v.frames,v.read(range(v.frames))
         except UnreadableFile as e: refused += str(e).startswith(f'{cut}: ')
-        else: assert shown(x[:-1])==list(range(n-1)) and shown(x[-1:])[0] in (n-2,n-1) and (n>=60-9 or fragmented)
+        else: assert shown(x)==list(range(n)) and (n>=60-9 or fragmented)
     assert refused>=(5 if fragmented else 12)
 
 def test_R36_flipped_bytes_never_surprise(tmp):

@@ -10,6 +10,7 @@ import math
 from fractions import Fraction
 from pathlib import Path
 import av, numpy as np, torch
+from av.video.reformatter import VideoReformatter
 from fastcore.basics import patch
 from .from_files import video_suffixes
 from .loader import UnreadableFile
@@ -41,6 +42,9 @@ def write_video(
     return path
 
 # %% ../../nbs/data/23_video_file.ipynb #59ba35dc
+# of titles in another encoding than UTF-8; from PyAV 19 on they are no error
+_titles = dict(metadata_errors='replace') if int(av.__version__.split('.')[0])<19 else {}
+
 def _open(
     path:Path, # Video file
 )->tuple: # PyAV's container and its video stream
@@ -51,7 +55,7 @@ def _open(
         raise UnreadableFile(f"{path}: a pipe or a device, and a video is read at many places: save it as a file first")
     if not path.stat().st_size: raise UnreadableFile(f"{path}: the video file is empty (0 bytes)")
     # the protocol is named because FFmpeg reads "a:b.mp4" as one, and a playlist may not lead elsewhere
-    try: c = av.open(f'file:{path}', options=dict(protocol_whitelist='file'), metadata_errors='replace')
+    try: c = av.open(f'file:{path}', options=dict(protocol_whitelist='file'), **_titles)
     except av.FFmpegError as e: raise UnreadableFile(f"{path}: {_unreadable(path, e)}") from e
     streams = [s for s in c.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
     listed = c.format.name in ('tty','concat','hls','dash','sdp')   # text, and lists of other files
@@ -78,7 +82,7 @@ def _scan(
     shown,last = [],-math.inf
     for p in c.demux():
         t = p.dts if p.pts is None else p.pts
-        if t is None or p.is_discard: continue
+        if t is None or p.is_discard or p.is_corrupt: continue   # corrupt: the file ends within it
         last = max(last, float((t+(p.duration or 0))*p.time_base))
         # AVI numbers frames in the order of decoding
         if p.stream_index==s.index and t>=since: shown.append((p.dts if c.format.name=='avi' else t, p.duration or 0))
@@ -102,6 +106,7 @@ class Video:
     def _begin(self):
         self.container,self.stream = _open(self.path)
         self.stream.codec_context.thread_count = 1   # more threads would only compete with a loader's other workers
+        self.convert = VideoReformatter()
     def close(self): self.container.close()
     def __enter__(self): return self
     def __exit__(self, *args): self.close()
@@ -155,9 +160,11 @@ def _from(self:Video, i):
             yield n if self.counted else self._slot(frame.pts),frame
     except av.FFmpegError as e: raise self._damaged(e) from e
 
-def _rgb(frame):
+@patch
+def _rgb(self:Video, frame):
     "A decoded frame as people see it: (H, W, 3), 8 bits, upright"
-    return np.rot90(frame.to_ndarray(format='rgb24'), round(frame.rotation/90)%4)
+    rgb = self.convert.reformat(frame, format='rgb24', threads=1)
+    return np.rot90(rgb.to_ndarray(), round(frame.rotation/90)%4)
 
 @patch
 def _walk(self:Video, wanted, start):
@@ -167,7 +174,7 @@ def _walk(self:Video, wanted, start):
         while len(got)<len(wanted) and (k := wanted[len(got)])<=i:
             shown = frame if k==i or last is None else last   # a picture stays until the next one comes
             if start is not None and (shown.is_corrupt or (k<i and last is None)): return None
-            got[k] = _rgb(shown)
+            got[k] = self._rgb(shown)
         if len(got)==len(wanted): return got
         last = frame
     if last is not None: end = i+1 if self.counted else self._slot(last.pts+(last.duration or 0))
@@ -175,7 +182,7 @@ def _walk(self:Video, wanted, start):
     if wanted[-1]>end:
         raise UnreadableFile(f"{self.path}: the video stops after {max(end, 0)} of {self.frames} frames, "
                              "it is truncated or damaged")
-    return got | {k: _rgb(last) for k in wanted[len(got):]}
+    return got | {k: self._rgb(last) for k in wanted[len(got):]}
 
 # %% ../../nbs/data/23_video_file.ipynb #969b3e5a
 @patch
