@@ -127,7 +127,7 @@ recipes = dict(
         epochs=60, batch_size=64, lr=4e-3, warmup_epochs=6, weight_decay=.2, threads=1),
     moving_digits=Recipe('moving_digits', 'revmvit_tiny_16x4_224',
         dict(embed_dim=32, depth=4, stage_starts=(2,), patch_kernel=(3,7,7), patch_stride=(2,4,4), kv_stride=(1,2,2),
-             mlp_ratio=2.), moving_digits_cfg, epochs=4, batch_size=32, lr=2e-3, warmup_epochs=.4, threads=1))
+             mlp_ratio=2., chunk=32), moving_digits_cfg, epochs=4, batch_size=32, lr=2e-3, warmup_epochs=.4, threads=1))
 
 # %% ../../nbs/training/30_recipes.ipynb #84700c3c
 imagenet_cfg = dict(input_size=(3,224,224), mean=(.485,.456,.406), std=(.229,.224,.225), interpolation='bicubic',
@@ -168,12 +168,12 @@ recipes |= dict(
 # %% ../../nbs/training/30_recipes.ipynb #a1fb9194
 scattered_cfg = dict(input_size=(3,side,side), mean=(.1,)*3, std=(.2,)*3)
 _few = dict(out_channels=48, anchor_scale=4., box_dim=256, mask_layers=(48,48), rpn_batch_size_per_image=64,
-            box_batch_size_per_image=64, rpn_pre_nms_top_n_train=400, rpn_post_nms_top_n_train=200,
+            box_batch_size_per_image=32, rpn_pre_nms_top_n_train=400, rpn_post_nms_top_n_train=200,
             rpn_pre_nms_top_n_test=300, rpn_post_nms_top_n_test=100, box_detections_per_img=20)
 recipes |= dict(
     scattered_digits=Recipe('scattered_digits', 'revmvit_tiny_224',
-        dict(embed_dim=24, num_heads=2, depth=6, stage_starts=(1,3), drop_path_rate=.05), scattered_cfg, epochs=2,
-        batch_size=8, lr=2e-3, warmup_epochs=.2, smoothing=0., threads=1, detector=_few),
+        dict(embed_dim=24, num_heads=2, depth=6, stage_starts=(1,3), drop_path_rate=.05, chunk=8), scattered_cfg,
+        epochs=3, batch_size=8, lr=2e-3, warmup_epochs=.2, smoothing=0., threads=1, detector=_few),
     mask_rcnn_rev_mvit_b=Recipe('coco', 'revmvit_base_224', dict(img_size=224, drop_path_rate=.2),
         dict(imagenet_cfg, input_size=(3,1024,1024)), epochs=36, batch_size=64, lr=1.6e-4, warmup_epochs=250/1875,
         warmup_lr=1.6e-7, steps=(28.,100/3), weight_decay=.1, clip=None, smoothing=0., detector={},
