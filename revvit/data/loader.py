@@ -166,19 +166,17 @@ class _End:
             self.event._cond.release()
             self.event.set()
 
-def _arriving(it, workers):
-    "Batches of an iterator that is held here alone"
+def _arriving(it):
+    "Batches of an iterator with worker processes, which is held here alone"
     try: yield from it
     except Exception as e:
-        why = e
-        if workers and isinstance(e, (ConnectionError,EOFError)):   # it was about to send a batch
+        why,torn = e,isinstance(e, (ConnectionError,EOFError))   # a worker was about to send a batch
+        if torn:
             try: time.sleep(1)   # PyTorch's news of its end interrupts this
             except RuntimeError as news: why = news
-        if workers:   # this frame and those of the error hold the worker processes
-            it = None
-            traceback.clear_frames(e.__traceback__)
-        gone = str(why).startswith('DataLoader worker') or isinstance(why, (ConnectionError,EOFError))
-        if not (gone and workers): raise
+        it = None   # this frame and those of the error hold the worker processes
+        traceback.clear_frames(e.__traceback__)
+        if not (torn or str(e).startswith('DataLoader worker')): raise
         raise RuntimeError("a process that reads data was ended from outside, most often for want of memory: "
                            f"{why}") from None
 
@@ -191,8 +189,9 @@ class ReadingLoader(DataLoader):
     ): super().__init__(dataset, *args, worker_init_fn=_begin, **kwargs)
     def __iter__(self):
         it = super().__iter__()
-        if self.num_workers: it._workers_done_event = _End(it._workers_done_event)
-        return _arriving(it, self.num_workers)
+        if not self.num_workers: return it
+        it._workers_done_event = _End(it._workers_done_event)
+        return _arriving(it)
 
 # %% ../../nbs/data/20_loader.ipynb #fee3b046
 @patch
