@@ -19,7 +19,7 @@ from .core.coupling import couple, uncouple
 from .core.block import ReversibleBlock
 from .core.context import PerBlock, PerImage
 from .core.dial import Plan, chunk_size
-from .core.exact import self_check, set_self_check
+from .core.self_check import self_check, set_self_check
 from .core.sequence import ReversibleSequence
 from .models.layers import MeanFusion, MlpFusion
 from .models.pooling import StageTransition

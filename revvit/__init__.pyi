@@ -5,7 +5,7 @@ from .core.coupling import couple as couple, uncouple as uncouple
 from .core.dial import Plan as Plan, chunk_size as chunk_size
 from .core.block import ReversibleBlock as ReversibleBlock
 from .core.context import PerBlock as PerBlock, PerImage as PerImage
-from .core.exact import self_check as self_check, set_self_check as set_self_check
+from .core.self_check import self_check as self_check, set_self_check as set_self_check
 from .core.sequence import ReversibleSequence as ReversibleSequence
 from .models.layers import MeanFusion as MeanFusion, MlpFusion as MlpFusion
 from .models.pooling import StageTransition as StageTransition

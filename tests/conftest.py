@@ -21,7 +21,7 @@ def warm():
 @pytest.fixture
 def strict():
     "A backward pass that does not come back is an error"
-    from revvit.core.exact import set_self_check
+    from revvit.core.self_check import set_self_check
     was = set_self_check('error')
     yield
     set_self_check(was)

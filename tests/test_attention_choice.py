@@ -4,7 +4,7 @@ import pytest, torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from revvit.core.exact import set_self_check
+from revvit.core.self_check import set_self_check
 from revvit.core.replay import Trained, as_trained
 from revvit.core.block import ReversibleBlock
 from revvit.core.sequence import ReversibleSequence

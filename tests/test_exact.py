@@ -8,7 +8,8 @@ from functools import partial
 import pytest, torch
 from torch import nn
 from revvit.core.dial import spend
-from revvit.core.exact import Snap, Start, set_self_check
+from revvit.core.exact import Snap
+from revvit.core.self_check import Start, set_self_check
 from revvit.core.memory import peak_bytes, per_image, saved_bytes
 from revvit.core.testing import weighted_sum
 from cases import *

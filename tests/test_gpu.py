@@ -11,7 +11,7 @@ import pytest, torch
 import torch.distributed as dist
 from fastai.vision.all import Callback
 from torch.nn.parallel import DistributedDataParallel
-from revvit.core.exact import hear
+from revvit.core.self_check import hear
 from revvit.core.device import pick_device
 from revvit.data.digits import digits_dls
 from revvit.core.memory import peak_bytes, per_image

@@ -1,5 +1,5 @@
 "What users and readers rely on around the code: settings, commands, notebooks, README, and the order of the modules"
-import ast, json, os, re, shutil, subprocess, sys
+import ast, json, os, re, runpy, shutil, subprocess, sys
 from configparser import ConfigParser
 from importlib import import_module
 from pathlib import Path
@@ -155,6 +155,34 @@ def test_links_lead_somewhere(path):
     text = '\n'.join(src for src,_ in cells(path, 'markdown'))
     links = [o for o in re.findall(r'\]\(([^)\s#]+)', text) if '://' not in o and not o.startswith('mailto:')]
     assert not [o for o in links if not (path.parent/o).exists()]
+
+def test_the_story_can_be_read_in_a_day():
+    "From the idea to a trained model in less than seven hours, core in less than two"
+    reading = runpy.run_path(str(root/'tools'/'reading.py'))
+    took = {k: reading['minutes'](root/'nbs'/f'{k}.ipynb') for k in reading['story']}
+    core = [m for k,m in took.items() if k.startswith('core/')]
+    assert len(core) >= 3 and sum(core) <= reading['budgets']['core']
+    assert sum(took.values()) <= reading['budgets']['all']
+    numbers = [k.split('/')[1] for k in took if '/' in k]
+    assert numbers == sorted(numbers), 'the story is read in the order of its numbers'
+
+def test_the_readme_tells_the_story_and_its_minutes():
+    "The table has every notebook, the story in bold, and minutes that are at most 4 off"
+    reading = runpy.run_path(str(root/'tools'/'reading.py'))
+    rows = re.findall(r'^\| \w+: .*? \| (\**)\[.*?\]\(nbs/(.*?)\.ipynb\)\**\ \| (\d+) \|',
+                      (root/'README.md').read_text(encoding='utf8'), re.M)
+    took = {k: m for k,m in reading['all_minutes']().items() if k != 'index'}
+    assert [k for _,k,_ in rows] == [*took]
+    assert [k for bold,k,_ in rows if bold] == [k for k in took if k in reading['story']]
+    off = {k: f'{shown} shown, {took[k]:.1f} now' for _,k,shown in rows if abs(int(shown)-max(5, took[k])) > 4}
+    assert not off, f'run nbs/index.ipynb with tools/run.py, then tools/readme.py: {off}'
+
+def test_the_story_leads_on():
+    "The end of each notebook of the story links to the next one"
+    story = runpy.run_path(str(root/'tools'/'reading.py'))['story']
+    for here,then in zip(story[1:], story[2:]):
+        end = [src for src,_ in cells(root/'nbs'/f'{here}.ipynb', 'markdown') if 'Next' in src][-1]
+        assert then.split('/')[1] in end.split('Next')[-1], f'{here} does not lead to {then}'
 
 @pytest.mark.parametrize('path', notebooks, ids=name)
 def test_a_refusal_is_known_by_its_words(path):

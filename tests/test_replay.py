@@ -7,7 +7,7 @@ from unittest import mock
 import pytest, torch
 from torch import nn
 import revvit
-from revvit.core import exact, state
+from revvit.core import self_check, state
 from revvit.core.dial import chunk_size
 from revvit.core.memory import peak_bytes
 from revvit.core.replay import Call, check_repeatable, equal_parts, part_of
@@ -52,14 +52,14 @@ def test_an_answer_is_awaited_on_its_own_device(device, monkeypatch):
         def record(self, stream=None): on.append(stream or 'stream of cuda:0')
     kind = SimpleNamespace(Event=Event, current_stream=lambda d=None: f'stream of {d or "cuda:0"}')
     monkeypatch.setattr(torch, 'get_device_module', lambda d: kind)
-    monkeypatch.setattr(exact, '_waiting', [])
+    monkeypatch.setattr(self_check, '_waiting', [])
     real = torch.empty
     monkeypatch.setattr(torch, 'empty', lambda *a, pin_memory=False, **kw: real(*a, **kw))
     class There: # numbers on a device
         shape,dtype = (2,),torch.float32
     There.device = torch.device(device)
-    with mock.patch.object(torch.Tensor, 'copy_', lambda *a, **kw: None): exact._later(There(), str)
-    assert on==[f'stream of {device}'] and len(exact._waiting)==1
+    with mock.patch.object(torch.Tensor, 'copy_', lambda *a, **kw: None): self_check._later(There(), str)
+    assert on==[f'stream of {device}'] and len(self_check._waiting)==1
 
 def test_chunks_of_a_device_that_is_no_cpu():
     assert chunk_size(torch.empty(256, 196, 1024, device='meta'))==2**29//64//1024//196

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 from revvit import RevMViT, RevViT, load_checkpoint
 from revvit.core.block import ReversibleBlock
-from revvit.core.exact import Start, set_self_check
+from revvit.core.self_check import Start, set_self_check
 from revvit.core.sequence import ReversibleSequence
 from revvit.training.recipes import recipe_dls, recipe_model, recipes
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules import module as hooks
 from torch.nn.utils import parametrize, prune
-from revvit.core import exact
+from revvit.core.self_check import set_self_check
 from revvit.core.block import ReversibleBlock
 from revvit.core.sequence import ReversibleSequence
 from apart import Book, Drop, apart, distance, gradients, judge, ours, survivors, tensors, weighted
@@ -702,9 +702,9 @@ def test_13_a_drop_path_rate_set_later(value, shared):
 
 @contextlib.contextmanager
 def self_check(mode):
-    exact.set_self_check(mode)
+    set_self_check(mode)
     try: yield
-    finally: exact.set_self_check('warn')
+    finally: set_self_check('warn')
 
 class State(nn.Module):
     "F or G that does `fn(self, x)`; its state is no tensor"
@@ -824,7 +824,7 @@ def test_self_check_sees_drift(scale, where):
     notices(net, change)
 
 def test_self_check_modes_are_checked():
-    with pytest.raises(ValueError, match='warn.*error.*off'): exact.set_self_check('loud')
+    with pytest.raises(ValueError, match='warn.*error.*off'): set_self_check('loud')
 
 @pytest.mark.parametrize('dtype', [torch.float64,torch.float32,'autocast'], ids=str)
 @pytest.mark.parametrize('make', [CASES[k] for k in ('sequence3','tail4','vit3','vit4','image6','clip5')],

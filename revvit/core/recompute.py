@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
-from .exact import start_of
+from .self_check import start_of
 from .state import *
 from .replay import Lend, lent_now
 

@@ -13,7 +13,8 @@ from itertools import groupby
 from fastcore.basics import patch
 from torch import nn
 from .coupling import check_alike, describe
-from .exact import GRID, Snap, grid, hear
+from .exact import GRID, Snap, grid
+from .self_check import hear
 from .near import check_near
 from .state import amp_dtype, transforming
 from .context import check_context, for_block, tensors_given
