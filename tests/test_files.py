@@ -110,6 +110,16 @@ def test_bytes_reach_the_disk_before_they_take_the_name(tmp_path, monkeypatch):
         (write_file if path.suffix=='.txt' else write_checkpoint)(path, {} if path.suffix=='.pth' else '')
     assert steps==['sync','replace']*2
 
+@pytest.mark.parametrize('place, content, words', [
+    ('ours.pth', lambda: dict(a=torch.zeros(1).numpy()), r'ours.pth: it would hold numpy\..*, which reading weights ref'),
+    ('ours.pth', lambda: dict(a=lambda: 0), r"ours.pth: Can't pickle .* \(is there room on the disk\?\)"),
+    ('.', dict, 'Is a directory'), ('ours.pth/x/y.pth', dict, 'cannot make the folder .*ours.pth/x: Not a directory')])
+def test_a_checkpoint_that_cannot_be_written_leaves_what_was_there(tmp_path, place, content, words):
+    write_checkpoint(tmp_path/'ours.pth', dict(a=[1]))
+    was = (tmp_path/'ours.pth').read_bytes()
+    with pytest.raises(CheckpointError, match=words): write_checkpoint(tmp_path/place, content())
+    assert (tmp_path/'ours.pth').read_bytes()==was and [o.name for o in tmp_path.iterdir()]==['ours.pth']
+
 def test_every_writer_of_the_package_is_this_one():
     "No other module renames a file into its place; folders of drawn data are moved by one function"
     root = Path(__file__).resolve().parent.parent/'revvit'

@@ -213,6 +213,7 @@ def test_R27_groups_hold_every_parameter_and_rise_with_depth(name):
     for coarse in (False,True):
         groups = group_parameters(m, m.group_matcher(coarse=coarse))
         assert sorted(n for o in groups.values() for n in o)==sorted(n for n,_ in m.named_parameters())
+    if 'revmvit' in name: assert {*groups}=={*range(len(m.stages)+2)} # stem, whole stages, head
     by_id = {id(p): g['lr_scale'] for g in param_groups_layer_decay(m, layer_decay=.7) for p in g['params']}
     scale = {n: by_id[id(p)] for n,p in m.named_parameters()}
     if 'revmvit' in name:

@@ -78,6 +78,7 @@ def test_parts_are_equal_or_one_more(n, chunk):
     assert torch.equal(torch.cat([part_of(x, o) for o in parts]), x)
     sizes = [len(part_of(x, o)) for o in parts]
     assert max(sizes)<=chunk and max(sizes)-min(sizes)<=1 or n==0
+    if n<=chunk: assert parts==[slice(None)]
 
 CHANGES = {
     "'0.bias' in f was changed": lambda m: m[0].bias.zero_(),

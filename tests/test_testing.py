@@ -1,5 +1,5 @@
 "What the checks of `revvit.core.testing` are made of, and what they accept"
-import random, warnings
+import random, re, warnings
 
 import numpy as np
 import pytest, torch
@@ -172,6 +172,29 @@ def test_directions_are_not_perpendicular():
     for v in [testing._direction(g, gen) for _ in range(50)]:
         assert abs(testing._norm(v)-1) < 1e-12 and abs(float((g*v).sum())) > .5*testing._norm(g)/15
     assert [testing._direction(g*k, gen).shape for k in (0.,float('nan'))] == [g.shape]*2
+
+class Creeping(nn.Module):
+    "Identity whose inverse is off by `by`"
+    def __init__(self, by):
+        super().__init__()
+        self.by = by
+    def forward(self, x1, x2): return x1,x2
+    def inverse(self, y1, y2): return y1+self.by,y2
+
+nan = float('nan')
+
+@pytest.mark.parametrize('bys,limit,errors,says', [
+    ((.5,.5,.5), 1e-3, [.75,.5,.25], 'input of block 0 .* error of 0.75 of .* limit of 0.001 is passed at block 2:'),
+    ((.5,.5,.5), .75, [.75,.5,.25], None),
+    ((.5,nan,.5), 10., [nan,nan,.25], 'input of block 0 .* error of nan of .* limit of 10 is passed at block 1:')])
+def test_drift_names_the_worst_block_and_leaves_modes(bys, limit, errors, says):
+    blocks = nn.ModuleList(map(Creeping, bys))
+    blocks[1].eval()
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter('always')
+        got = drift(blocks, torch.tensor([[1.,2.]]), torch.tensor([[2.,1.]]), limit)
+    assert got == pytest.approx(errors, nan_ok=True) and [m.training for m in blocks] == [True,False,True]
+    assert len(heard) == bool(says) and (not says or re.search(says, str(heard[0].message)))
 
 def test_drift_is_the_same_in_both_modes(streams):
     m = stack(p=.3)
