@@ -111,7 +111,7 @@ def test_bytes_reach_the_disk_before_they_take_the_name(tmp_path, monkeypatch):
     assert steps==['sync','replace']*2
 
 @pytest.mark.parametrize('place, content, words', [
-    ('ours.pth', lambda: dict(a=torch.zeros(1).numpy()), r'ours.pth: it would hold numpy\..*, which reading weights ref'),
+    ('ours.pth', lambda: dict(a=torch.zeros(1).numpy()), r'ours.pth: it would hold numpy\..*, which reading'),
     ('ours.pth', lambda: dict(a=lambda: 0), r"ours.pth: Can't pickle .* \(is there room on the disk\?\)"),
     ('.', dict, 'Is a directory'), ('ours.pth/x/y.pth', dict, 'cannot make the folder .*ours.pth/x: Not a directory')])
 def test_a_checkpoint_that_cannot_be_written_leaves_what_was_there(tmp_path, place, content, words):
