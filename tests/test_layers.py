@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.testing import assert_close
+from revvit.core.block import ReversibleBlock
 from revvit.core.coupling import couple, uncouple
 from revvit.core.memory import saved_bytes
 from revvit.models.fused import untouched
@@ -227,3 +228,12 @@ def test_a_stage_transition_is_its_formula_in_both_modes(fusion, kernel):
         kept[on] = saved_bytes(lambda: t(*xs), t)
         grads[on] = torch.autograd.grad(t(*xs).pow(3).sum(), list(t.parameters()))
     assert kept[True]<.8*kept[False] and all(torch.equal(a, b) for a,b in zip(grads[True], grads[False]))
+
+@pytest.mark.parametrize('shared', [False, True])
+def test_drop_path_spares_as_many_images_as_it_says(shared):
+    "F and G draw apart, unless they share"
+    block = ReversibleBlock(nn.Identity(), nn.Identity(), .25, shared_drop_path=shared)
+    rows = block.survivors(torch.empty(100_000, 1))
+    assert all(abs(len(o)/100_000-.75) < .01 for o in rows)
+    both = len(set(rows[0].tolist())&set(rows[1].tolist()))
+    assert abs(both/100_000-(.75 if shared else .75**2)) < .01
