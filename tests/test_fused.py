@@ -1,4 +1,4 @@
-"Surgery on a half: whether it is still computed from its weights, which the notebooks 10_fused and 11_fused_pooling show"
+"Surgery on a half: is it still computed from its weights? 10_fused and 11_fused_pooling show a few kinds"
 import pytest, torch
 from timm.layers import Mlp
 from torch import nn
@@ -36,7 +36,8 @@ pooling = {
 
 def halves(kind):
     "A half, and a stream for it"
-    if kind is pooling: return PoolingHalf(16, PoolingAttention(16, 16, 2, (1,3,3), (1,2,2))),torch.zeros(1, 1, 4, 4, 16)
+    pooled = PoolingHalf(16, PoolingAttention(16, 16, 2, (1,3,3), (1,2,2)))
+    if kind is pooling: return pooled,torch.zeros(1, 1, 4, 4, 16)
     return (mlp_half(12) if kind is mlp else attention_half(12, 3)),torch.zeros(1, 2, 12)
 
 @pytest.mark.parametrize('kind,change', [pytest.param(kind, o, id=f'{name}-{o}') for name,kind in
