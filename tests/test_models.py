@@ -16,7 +16,7 @@ from revvit.core.testing import check_grads
 from revvit.models.checkpoints import load_model, save_checkpoint
 from revvit.models.mvit import MViTSize, RevMViT, mvit_block
 from revvit.models.vit import RevViT, ViTSize
-from revvit.models.zoo import checkpoint_filter_fn, our_name, tensors_in
+from revvit.models.zoo import _split_cfgs, checkpoint_filter_fn, drop_path_rates, our_name, tensors_in
 
 torch.set_num_threads(1)
 names = timm.list_models('*rev*vit*')
@@ -85,6 +85,7 @@ def test_R27_the_head_can_be_reset(name):
     assert_close(m(x), feats, rtol=1e-5, atol=1e-6)
     m.reset_classifier(3, 'avg')
     assert m(x).shape==(2,3)
+    with pytest.raises(ValueError, match="global_pool must be 'avg' or '', got 'max'"): m.reset_classifier(3, 'max')
     m.train()(x).mean().backward()
     assert lacking(m)==[]
     assert_close(narrow(name, num_classes=0).eval()(x).shape, pooled.shape)
@@ -232,7 +233,7 @@ def test_R27_optimizers(name):
     # or the last stage would have one place, where a key has no gradient
     m,x = narrow(name, img_size=64),some(name, side=64)
     params = dict(m.named_parameters())
-    assert set(m.no_weight_decay())<=set(params)
+    assert m.no_weight_decay()==set() # the published recipes decay position vectors
     for kw in ({}, dict(layer_decay=.7)):
         opt = create_optimizer_v2(m, opt='adamw', lr=1e-3, weight_decay=.1, **kw)
         inside = [p for g in opt.param_groups for p in g['params']]
@@ -619,3 +620,12 @@ def test_dynamic_img_size(kind):
     m.set_input_size((64,32))
     assert m(sized(kind, 64, 32)).shape==(2,3)
     with pytest.raises(ValueError, match='images of 64x32 pixels are wanted, got 32x32'): m(sized(kind, 32, 32))
+
+def test_drop_path_rises_evenly():
+    assert drop_path_rates(.3, 1)==[0] and drop_path_rates(.1, 12)==pytest.approx(torch.linspace(0, .1, 12).tolist())
+
+def test_what_timm_has_no_room_for_is_taken_out_and_kept():
+    cfgs = dict(pretrained_cfg=dict(frame_rate=25, input_size=(3,8,32,32)), pretrained_cfg_overlay='a tag')
+    got,times = _split_cfgs(cfgs)
+    assert times==dict(frame_stride=4, frame_rate=25)
+    assert got==dict(pretrained_cfg=dict(input_size=(3,32,32)), pretrained_cfg_overlay='a tag')
