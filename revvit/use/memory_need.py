@@ -6,7 +6,7 @@
 __all__ = ['optimizers', 'EightBitStates', 'ways_of', 'turned', 'Trial', 'largest_batch', 'Need', 'MemoryNeed', 'memory']
 
 # %% ../../nbs/use/42a_memory_need.ipynb #14d371fa
-import copy, difflib, gc, sys
+import copy, difflib, gc, sys, weakref
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -95,6 +95,9 @@ def _asked_by():
     while f is not None and f.f_globals.get('__name__') not in _of: f = f.f_back
     return 'rest' if f is None else _of[f.f_globals['__name__']]
 
+def _claim(run, p):
+    if p.grad is not None: run.claim(p.grad, 'gradients')   # a block's unused half has none
+
 class Trial:
     "A training step of any batch size, in a dry run"
     def __init__(self,
@@ -111,15 +114,13 @@ class Trial:
             self.model = make().train()
             self.params = [p for p in self.model.parameters() if p.requires_grad]
             for t in (*self.model.parameters(), *self.model.buffers()): self.run.claim(t, 'weights')
-            for p in self.params: p.register_post_accumulate_grad_hook(self._claim)
+            hooks = [p.register_post_accumulate_grad_hook(partial(_claim, self.run)) for p in self.params]
             self.opt = _optimizer(optimizer, self.params, device=='cuda')
-            if step_in_backward: step_early(self.opt, self.params)
+            if step_in_backward: hooks += step_early(self.opt, self.params)
+        for o in hooks: weakref.finalize(self, o.remove)   # or a weight, its hook and the optimizer hold each other
         self.at(1)
         for t in tensors_of([[*o.values()] for o in self.opt.state.values()] if self.opt else []):
             self.run.claim(t, 'optimizer')
-
-    def _claim(self, p):
-        if p.grad is not None: self.run.claim(p.grad, 'gradients')   # a block's unused half has none
 
     @contextmanager
     def _dry(self):
