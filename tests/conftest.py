@@ -1,10 +1,12 @@
 """Where the models of `cases.py` compute: on the CPU, or where the environment variable REVVIT_DEVICE says; how
 tests start other processes, and what Python looks through for garbage"""
-import gc, os
+import atexit, gc, os
 from collections import Counter
 
 import pytest
 from warm import Warm
+
+gc.disable()   # nothing is garbage while modules are imported and tests collected; on again in `quick_collections`
 
 def pytest_configure(config):
     if not (name := os.environ.get('REVVIT_DEVICE')): return
@@ -30,6 +32,7 @@ def strict():
 def quick_collections():
     """Half a million objects of the imports stay as long as the process: looking through them again at each
     `gc.collect()`, which every measurement of memory begins with, took a third of the suite's time"""
+    gc.enable()
     gc.collect()
     gc.freeze()
 
@@ -43,4 +46,4 @@ def pytest_collection_modifyitems(config, items):
     def key(o): return o.path.stem.removeprefix('test_') not in LONG, -counts[o.path], o.path.name
     items.sort(key=key)
 
-def pytest_sessionfinish(): gc.unfreeze()   # or libraries report all of it as leaks
+atexit.register(gc.unfreeze)   # at the very end, or libraries report all of it as leaks
