@@ -139,7 +139,7 @@ def test_nothing_of_the_callers_changes():
 
 @pytest.mark.parametrize('settings', [{}, dict(optimizer='momentum', step_in_backward=True)], ids=['','in backward'])
 def test_a_dry_run_leaves_nothing(settings):
-    "Weights, their hooks and the optimizer must not hold each other: whoever asks for many models would run out of memory"
+    "Weights, their hooks and the optimizer must not hold each other, or who asks for many models runs out of memory"
     made = []
     def make():
         m = timm.create_model('revvit_tiny_patch16_224', img_size=32, depth=1)
