@@ -1,6 +1,6 @@
 """Several processes, R20: what they compute together is what one computes. `torchrun` starts this very file twice over
 (Gloo, 127.0.0.1, float64); the first process writes what it found, and the tests read that."""
-import json, os, pickle, re, signal, subprocess, sys, time, warnings
+import gc, json, os, pickle, re, signal, subprocess, sys, time, warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -161,6 +161,8 @@ def resumed(out, **when):
 
 def main(what, out):
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()   # what is kept is counted after a collection: not through all that was imported
     join_group(minutes=2)
     try:
         if what == 'poison': return fit(out, Poison())
