@@ -124,24 +124,39 @@ def _call(m, xs, given, rows=ALL):
     kwargs = {} if given is None else given.kwargs(given.cut(rows))
     return m(*(part_of(x, rows) for x in xs), **kwargs)
 
-def _in_parts(m, xs, chunk, exact, given):
+class _Own(Function):
+    "A copy in memory of its own, both ways"
+    @staticmethod
+    def forward(ctx, x): return x.clone(memory_format=torch.contiguous_format)
+    @staticmethod
+    def backward(ctx, d): return d.clone(memory_format=torch.contiguous_format)
+
+def _call_apart(m, xs, given, rows):
+    "`_call`, where every tensor begins where memory does"
+    if given: given = given.holding([_Own.apply(t) if o else t for t,o in zip(given.cut(rows), given.images)])
+    return _Own.apply(_call(m, [_Own.apply(part_of(x, rows)) for x in xs], given))
+
+def _in_parts(m, xs, chunk, exact, given, picked):
     "`m` of a few images at a time, as the reversible mode computes it"
     if exact:
         xs = [x.view_as(x) for x in xs]   # gradients of what `m` reads twice are added up before they join the stream's
         if given: given = given.own()
     enter,parts,outs = same_autocast(xs[0].device),equal_parts(len(xs[0]), chunk),[]
     own = [(p,p.view_as(p)) for p in m.parameters() if p.requires_grad] if exact and len(parts)>1 else []
+    call = _call_apart if exact and picked and len(parts)>1 else _call
     for rows in parts:
         lend = Lend([(p,q.view_as(q)) for p,q in own]) if own else nullcontext()
-        with enter(), lend: outs.append(_call(m, xs, given.own() if exact and given else given, rows))
+        with enter(), lend: outs.append(call(m, xs, given.own() if exact and given else given, rows))
     return outs[0] if len(outs)==1 else torch.cat(outs)
 
+# %% ../../nbs/core/06_block.ipynb #42a24b9a
 def stored_call(
     m:nn.Module, # F, G or a tail
     xs:tuple, # One stream, or for a tail both
     chunk:int|None, # Images at a time; by default `chunk_size`
     exact:bool, # Whether every part is computed as in the exact mode
     given=None, # Context arguments, as `Given`
+    picked:bool=False, # Whether the images are those that drop path spared
 ): # What `m` returns
     "`m(*xs)`, in the parts of the reversible mode where numbers depend on them"
     if torch.compiler.is_compiling(): return _call(m, xs, given)
@@ -150,7 +165,7 @@ def stored_call(
     large = graph and exact and len(xs)==1 and given is None and is_large(*xs, chunk)
     if large and (o:=_in_pieces(m, *xs)) is not None: return o
     parted = graph and exact or n>chunk and draws(m, first, xs[0].device)
-    return _in_parts(m, xs, chunk, exact, given) if parted else _call(m, xs, given)
+    return _in_parts(m, xs, chunk, exact, given, picked) if parted else _call(m, xs, given)
 
 # %% ../../nbs/core/06_block.ipynb #9631f7a6
 class _StoredHalf:
@@ -165,7 +180,7 @@ class _StoredHalf:
         else:
             (part,),n = take((x,), self.rows)
             if given: given = given.holding(given.cut(self.rows))
-            o = stored_call(self.m, (part,), self.chunk or chunk_size(x), self.exact, given)
+            o = stored_call(self.m, (part,), self.chunk or chunk_size(x), self.exact, given, True)
             o = o.new_zeros(x.shape).index_add(0, self.rows, (o if n else o[:0])*self.scale)
         return Snap.apply(o, x.dtype) if self.exact else o
 

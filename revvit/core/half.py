@@ -21,8 +21,8 @@ class _Fused(Call):
     "A call whose module brings its own backward pass"
     def __init__(self, kernel, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.kernel,at = kernel,{id(p):i for i,p in enumerate(self.params)}
-        self.where = [at[id(p)] for p in kernel.params]
+        self.kernel,ids = kernel,[*map(id, self.params)]
+        self.where = [ids.index(id(p)) for p in kernel.params]
 
     def each(self, x):
         self.kernel.begin()

@@ -78,6 +78,7 @@ class Call:
     "One call of `m` on some images, with what repeating it needs"
     kwargs,context = {},()   # what the module is given beside streams, and what of that needs a gradient
     near = lost = None   # a share of what it is added to, and the bits that the share loses
+    autocast = nullcontext   # as it is when the call is made, see `each`
     def __init__(self,
         record:Record, # Of F, G or a tail
         name:str, # What messages call it
@@ -87,8 +88,7 @@ class Call:
         scale:float=1., # What the result is multiplied by
     ):
         self.m,self.record,self.name,self.rows,self.scale,self.device = record.m,record,name,rows,scale,x.device
-        self.autocast = same_autocast(x.device)
-        self.params = [o[2] for o in self.record.params]
+        self.params = [t for _,_,t in record.params]
         own = equal_parts((x if rows is None else rows).shape[0], chunk)
         self.parts = own if rows is None else [part_of(rows, o) for o in own]
         self.rng = [None]*len(own)
@@ -146,6 +146,7 @@ def run(self:Call, xs, rows):
 def each(self:Call, *xs):
     "Yield images and the scaled output for them, part by part, without gradients"
     xs,modules,last = [x.detach() for x in xs],self.record.modules,None
+    self.autocast = same_autocast(self.device)
     new = has_unknown_code(self.m, modules)
     watch = Watch(self.device, xs) if new or listened_to(modules) else None
     trained = as_trained(modules, self.device)
@@ -188,7 +189,7 @@ def prepare(self:Call,
     self.record.check(self.name)
     self.record.check_layers(self.name)
     self.pairs,self.wanted,self.where,self.searched,self.summing = [],[],[],False,False
-    for i,((owner,key,p,_),n) in enumerate(zip(self.record.params, needs)):
+    for i,((owner,key,p),n) in enumerate(zip(self.record.params, needs)):
         now,q = owner._parameters.get(key),p
         if now is not p or p._backward_hooks or n!=p.requires_grad or not p.is_leaf:
             q = p.detach().requires_grad_(n)

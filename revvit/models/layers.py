@@ -90,10 +90,10 @@ class FusableHalf(PreNorm):
 class AttentionHalf(FusableHalf):
     "LayerNorm, then multi-head self-attention"
     def kernel(self, x, large, dtype, modules):
-        a = self.fn
+        _,norm,a,qkv,*_,proj,_ = modules
         if x.ndim!=3 or not a.fused_attn or getattr(a, 'gate', None) is not None: return None
         kind = SplitAttention if large else FusedAttention
-        return kind(self.norm, a.qkv, a.proj, dtype, modules, a.num_heads)
+        return kind(norm, qkv, proj, dtype, modules, a.num_heads)
 
 ORIGINAL[AttentionHalf] = AttentionHalf.forward
 _LAYERS[AttentionHalf] = [nn.LayerNorm, Attention, nn.Linear, nn.Identity, nn.Identity, nn.Dropout, nn.Identity,
@@ -120,8 +120,8 @@ def attention_half(
 class MlpHalf(FusableHalf):
     "LayerNorm, then a two-layer MLP with GELU"
     def kernel(self, x, large, dtype, modules):
-        m,kind = self.fn,SplitMlp if large else FusedMlp
-        return kind(self.norm, m.fc1, m.fc2, dtype, modules) if m.act.approximate=='none' else None
+        (_,norm,_,fc1,act,*_,fc2,_),kind = modules,SplitMlp if large else FusedMlp
+        return kind(norm, fc1, fc2, dtype, modules) if act.approximate=='none' else None
 
 ORIGINAL[MlpHalf] = MlpHalf.forward
 _LAYERS[MlpHalf] = [nn.LayerNorm, Mlp, nn.Linear, nn.GELU, nn.Dropout, nn.Identity, nn.Linear, nn.Dropout]
