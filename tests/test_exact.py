@@ -82,7 +82,6 @@ def test_same_bits_of_strided_streams(layout, make):
             found.append([loss, *ys, *torch.autograd.grad(loss, [*xs, *seq.parameters()])])
         assert equal(*found), chunk
 
-@amps
 class Product(nn.Module):
     "A matrix product of the very numbers that come in; of an odd width, a part's would begin anywhere in memory"
     def __init__(self, dim):
@@ -107,6 +106,7 @@ def test_same_bits_where_drop_path_picks_parts(chunk, dim, context):
         got.append([*ys, *torch.autograd.grad(sum(o.sin().sum() for o in ys), wanted)])
     assert equal(*got)
 
+@amps
 @pytest.mark.parametrize('depth, scale', [(48,3.),(1000,1.)], ids=['48 blocks, weights x3','1000 blocks'])
 def test_same_bits_at_depth(depth, scale, amp):
     m,xs = stack(depth, dtype=torch.float32, chunk=3),streams(b=3, dtype=torch.float32)

@@ -8,7 +8,6 @@ __all__ = ['ORIGINAL', 'FusedHalf', 'FusedMlp', 'FusedAttention', 'untouched', '
 # %% ../../nbs/models/10_fused.ipynb #4db2d347
 import torch
 from fastcore.basics import patch
-from operator import itemgetter
 from torch import nn
 from torch.nn import functional as F
 from timm.layers import Attention, LayerScale, Mlp
@@ -158,12 +157,11 @@ def _patched():
     "Are there hooks on all modules, or has somebody exchanged what modules are made of?"
     return global_hooks() or nn.Module.__call__ is not _CALL or _functions()!=_FUNCTIONS
 
-_hooks = itemgetter('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
-
 def _as_made(m, k, d):
     "Is a layer, of the class `k` in `ORIGINAL` and with the attributes `d`, as it was made?"
     if k.forward is not ORIGINAL[k] or k.__call__ is not _CALL or 'forward' in d: return False
-    return not any(_hooks(d)) and m._compiled_call_impl is None
+    hooked = d['_forward_hooks'] or d['_forward_pre_hooks'] or d['_backward_hooks'] or d['_backward_pre_hooks']
+    return not hooked and m._compiled_call_impl is None
 
 _PLAIN = torch.Tensor,nn.Parameter
 
