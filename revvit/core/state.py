@@ -215,9 +215,11 @@ def _states(ts):
 
 def _tensors(modules, kind):
     "Owner, name and tensor, for each tensor of a kind"
-    found = [(o,k,t) for o in modules for k,t in getattr(o, kind).items() if t is not None]
-    one = {id(o[2]):o for o in reversed(found)}
-    return found if len(one)==len(found) else [*one.values()][::-1]
+    found = {}
+    for o in modules:
+        for k,t in getattr(o, kind).items():
+            if t is not None: found.setdefault(id(t), (o,k,t))
+    return [*found.values()]
 
 def path_in(m, layer):
     "What messages call a layer of `m`; '' is `m` itself"
@@ -245,8 +247,9 @@ def changed(self:Record):
     "Name of a weight or buffer that is no longer what it was, if any"
     now = _states(self.tensors)
     if now!=self.states:
-        same = (all(o) for o in zip(*([a==b for a,b in zip(*o)] for o in zip(now, self.states))))
-        return next(self.name(o, k) for (o,k,_),s in zip((*self.params,*self.buffers), same) if not s)
+        differ = [i for a,b in zip(now, self.states) for i,(p,q) in enumerate(zip(a, b)) if p!=q]
+        owner,key,_ = (*self.params,*self.buffers)[min(differ)]
+        return self.name(owner, key)
     return next((self.name(o, k) for o,k,t in self.buffers if o._buffers.get(k) is not t), None)
 
 @patch
