@@ -76,6 +76,17 @@ def test_memory_is_that_of_the_checkers():
     line = measures.lines_of(plain, measures.memory_of(plain, 2)['peak'])
     assert line['fixed']+6*line['per_image'] == pytest.approx(measures.memory_of(plain, 6)['peak'], rel=.1)
 
+def test_a_slope_between_whole_chunks():
+    "A line through two and three chunks goes on as memory does; one through two images of a chunk does not"
+    g,line = replace(group(), shape=(3,112,112), args=dict(TINY, img_size=112, embed_dim=32)),{}
+    for sizes in (None,(16,24)):
+        r = measures.Runner(replace(OURS, args=dict(chunk=8)), replace(g, slope=sizes))
+        o = measures.lines_of(r, measures.memory_of(r, 2)['peak'])
+        line[sizes] = o['fixed']+40*o['per_image']
+    there = measures.memory_of(r, 40)['peak']
+    assert line[16,24] == pytest.approx(there, rel=.01)
+    assert line[None] != pytest.approx(there, rel=.2)
+
 @pytest.mark.parametrize('memory,batch,largest,deepest',
                          [(1000, 2, 10, 9), (1000, 10, 10, 3), (199, 1, 0, 2), (0, 1, 0, 0)])
 def test_what_fits(memory, batch, largest, deepest):

@@ -41,6 +41,7 @@ class Group:
     depth:int|None=None # Blocks, where the model can be made with half as many
     rounds:int=3 # Of timed steps
     steps:int=1 # Steps a round
+    slope:tuple|None=None # Two batch sizes between which memory grows evenly; None for half the batch and all of it
 
 # %% ../../nbs/use/42_measures.ipynb #c01791d9
 def _checkpointed(m):
@@ -144,21 +145,28 @@ def memory_of(
     return res | dict(kept=live_bytes(lambda: runner.loss(x, y), device))
 
 # %% ../../nbs/use/42_measures.ipynb #22a73f23
+def _peak(runner, n):
+    "Bytes at the peak of a step of `n` images"
+    runner.step(*runner.batch(1))
+    clean(runner.device)
+    x,y = runner.batch(n)
+    return peak_bytes(lambda: runner.step(x, y), runner.device)
+
 def lines_of(
     runner:Runner, # At the group's depth
     peak:int, # Its peak at the group's batch size
 )->dict: # Bytes: per_image, fixed, and per_block where the group has a depth
     "How the peak grows with the batch and, with the weights, with the depth"
     g = runner.group
-    n = g.batch_size//2
+    n,more = g.slope or (g.batch_size//2, g.batch_size)
     if runner.compiled or not n:
         return dict(per_image=peak/g.batch_size, fixed=0)   # every other size would be compiled anew
-    half = memory_of(runner, n)['peak']
-    per_image = (peak-half)/(g.batch_size-n)
-    res = dict(per_image=per_image, fixed=peak-per_image*g.batch_size)
+    few,many = (peak if k==g.batch_size else _peak(runner, k) for k in (n,more))
+    per_image = (many-few)/(more-n)
+    res = dict(per_image=per_image, fixed=many-per_image*more)
     if g.depth:
         short = Runner(runner.candidate, g, runner.device, depth=g.depth//2)
-        less = 16*(runner.parameters-short.parameters) + half-memory_of(short, n)['peak']
+        less = 16*(runner.parameters-short.parameters) + few-_peak(short, n)
         res['per_block'] = less/(g.depth-g.depth//2)
     return res
 

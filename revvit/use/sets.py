@@ -61,7 +61,8 @@ def small_set():
     "Groups for a CPU: some minutes on two cores"
     drawn,dropped = ('memory','time'),dict(drop_path_rate=.3)   # with drop path there is no gradient error
     return [host_group(), host_group(.1),
-        compare('revvit_small_patch16_224', 4, ('eager','checkpointed','blocks compiled'), tuple(settings)),
+        compare('revvit_small_patch16_224', 4, ('eager','checkpointed','blocks compiled'), tuple(settings),
+            slope=(16,24)),   # whole chunks: two and three
         compare('revvit_tiny_patch16_224', 2, ours=('reversible','stored'), amp='bfloat16'),
         compare('revvit_small_patch16_224', 4, ours=('reversible',), args=dropped, measures=drawn),
         compare('revmvit_base_224', 8, ('eager',), ours=('reversible','stored'), measures=drawn, rounds=2),
