@@ -37,7 +37,7 @@ class _Twice:
     def second(self, *args):
         self.record.check('what is computed again')
         now = rng_states(self.device) if self.states else None
-        lent = [(o._parameters.get(k),t) for o,k,t in self.record.params if o._parameters.get(k) is not t]
+        lent = [(o._parameters.get(k),t) for o,k,t,_ in self.record.params if o._parameters.get(k) is not t]
         try:
             if now: set_rng_states(self.device, self.states)
             with Lend(lent) if lent else nullcontext(): o = self.fn(self.m, *args)

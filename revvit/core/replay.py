@@ -88,7 +88,7 @@ class Call:
         scale:float=1., # What the result is multiplied by
     ):
         self.m,self.record,self.name,self.rows,self.scale,self.device = record.m,record,name,rows,scale,x.device
-        self.params = [t for _,_,t in record.params]
+        self.params = [o[2] for o in record.params]
         own = equal_parts((x if rows is None else rows).shape[0], chunk)
         self.parts = own if rows is None else [part_of(rows, o) for o in own]
         self.rng = [None]*len(own)
@@ -189,7 +189,7 @@ def prepare(self:Call,
     self.record.check(self.name)
     self.record.check_layers(self.name)
     self.pairs,self.wanted,self.where,self.searched,self.summing = [],[],[],False,False
-    for i,((owner,key,p),n) in enumerate(zip(self.record.params, needs)):
+    for i,((owner,key,p,_),n) in enumerate(zip(self.record.params, needs)):
         now,q = owner._parameters.get(key),p
         if now is not p or p._backward_hooks or n!=p.requires_grad or not p.is_leaf:
             q = p.detach().requires_grad_(n)

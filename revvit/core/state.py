@@ -207,19 +207,9 @@ def same_autocast(
     return partial(torch.autocast, t, torch.get_autocast_dtype(t), torch.is_autocast_enabled(t), False)
 
 # %% ../../nbs/core/02_state.ipynb #eab14695
-def _states(ts):
-    "What changes when one of the tensors `ts` is written to, or given other memory"
-    memory = [t.untyped_storage()._cdata for t in ts]
-    try: return memory,[t._version for t in ts]
-    except RuntimeError: return memory,[0 if t.is_inference() else t._version for t in ts]   # those count nothing
-
-def _tensors(modules, kind):
-    "Owner, name and tensor, for each tensor of a kind"
-    found = {}
-    for o in modules:
-        for k,t in getattr(o, kind).items():
-            if t is not None: found.setdefault(id(t), (o,k,t))
-    return [*found.values()]
+def _state(t):
+    "What changes when the tensor `t` is written to, or given other memory"
+    return t.untyped_storage()._cdata,0 if t.is_inference() else t._version
 
 def path_in(m, layer):
     "What messages call a layer of `m`; '' is `m` itself"
@@ -233,9 +223,15 @@ class Record:
     ):
         self.m,self.modules = m,list(m.modules()) if modules is None else modules
         self.modes = [o.training for o in self.modules]
-        self.params,self.buffers = (_tensors(self.modules, o) for o in ('_parameters','_buffers'))
-        self.tensors = [t for *_,t in (*self.params,*self.buffers)]
-        self.states = _states(self.tensors)
+        self.params,self.buffers = self._note('_parameters'),self._note('_buffers')
+
+    def _note(self, kind):
+        "Owner, name, tensor and its state, for each tensor of a kind"
+        found = {}
+        for o in self.modules:
+            for k,t in getattr(o, kind).items():
+                if t is not None and id(t) not in found: found[id(t)] = o,k,t,_state(t)
+        return list(found.values())
 
     def name(self, owner, key):
         "What messages call a weight"
@@ -245,12 +241,10 @@ class Record:
 @patch
 def changed(self:Record):
     "Name of a weight or buffer that is no longer what it was, if any"
-    now = _states(self.tensors)
-    if now!=self.states:
-        differ = [i for a,b in zip(now, self.states) for i,(p,q) in enumerate(zip(a, b)) if p!=q]
-        owner,key,_ = (*self.params,*self.buffers)[min(differ)]
-        return self.name(owner, key)
-    return next((self.name(o, k) for o,k,t in self.buffers if o._buffers.get(k) is not t), None)
+    for o,k,t,was in self.params:
+        if _state(t)!=was: return self.name(o, k)
+    for o,k,t,was in self.buffers:
+        if _state(t)!=was or o._buffers.get(k) is not t: return self.name(o, k)
 
 @patch
 def check(self:Record,

@@ -157,8 +157,9 @@ def _patched():
     "Are there hooks on all modules, or has somebody exchanged what modules are made of?"
     return global_hooks() or nn.Module.__call__ is not _CALL or _functions()!=_FUNCTIONS
 
-def _as_made(m, k, d):
-    "Is a layer, of the class `k` in `ORIGINAL` and with the attributes `d`, as it was made?"
+def _as_made(m):
+    "Is a layer, of a class in `ORIGINAL`, as it was made?"
+    k,d = type(m),m.__dict__
     if k.forward is not ORIGINAL[k] or k.__call__ is not _CALL or 'forward' in d: return False
     hooked = d['_forward_hooks'] or d['_forward_pre_hooks'] or d['_backward_hooks'] or d['_backward_pre_hooks']
     return not hooked and m._compiled_call_impl is None
@@ -170,7 +171,7 @@ def untouched(
     *kinds, # Classes of `ORIGINAL` that it may have
 )->bool:
     "Is a layer as it was made, so that its weights tell all?"
-    if type(m) not in kinds or not _as_made(m, type(m), m.__dict__) or _patched(): return False
+    if type(m) not in kinds or not _as_made(m) or _patched(): return False
     return all(p is None or type(p) in _PLAIN for p in m._parameters.values())
 
 # %% ../../nbs/models/10_fused.ipynb #484e192e
@@ -190,15 +191,15 @@ def layers_of(
 _WEIGHTS = {nn.LayerNorm:('weight','bias'), LayerScale:('gamma',),
     nn.Linear:('weight',), nn.Conv2d:('weight',), nn.Conv3d:('weight',)}
 
-def _simple(k, d, dtype, device):
+def _simple(m, dtype, device):
     "Has a layer the usual weights, of a type and on a device, and nothing at work that the formulas leave out?"
-    ps = d['_parameters']
+    k,ps = type(m),m._parameters
     for p in ps.values():
         if p is not None and (type(p) not in _PLAIN or p.dtype is not dtype or p.device!=device): return False
     for n in _WEIGHTS.get(k, ()):
         if ps.get(n) is None: return False   # a replica's are no parameters
-    if k is nn.Dropout and d['training'] and d['p'] or k is LayerScale and d['inplace']: return False
-    return not d['_buffers']
+    if k is nn.Dropout and m.training and m.p or k is LayerScale and m.inplace: return False
+    return not m._buffers
 
 def product_dtype(
     modules:list, # A half, its norm, and all other layers in it, as `layers_of` finds them
@@ -209,7 +210,6 @@ def product_dtype(
     if len(modules)!=len(kinds) or function_modes() or _patched(): return None
     dtype,device = x.dtype,x.device
     for m,k in zip(modules, kinds):
-        d = m.__dict__
-        if type(m) is not k or not _as_made(m, k, d) or not _simple(k, d, dtype, device): return None
+        if type(m) is not k or not _as_made(m) or not _simple(m, dtype, device): return None
     if modules[1].normalized_shape!=x.shape[-1:]: return None
     return amp_dtype(device) or dtype if dtype==torch.float32 else dtype
