@@ -2,6 +2,7 @@
 written"""
 import csv, itertools, json, math, os, re, shutil, signal, subprocess, sys, threading, time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,6 +78,12 @@ def here(monkeypatch, capfd):
         code = getattr(cli, name)([str(o) for o in args])
         return subprocess.CompletedProcess(args, code, *capfd.readouterr())
     return _run
+
+@pytest.fixture
+def small_digits(monkeypatch):
+    "Training on the digits, for where nothing hangs on the network's size"
+    small = dict(patch_size=4, embed_dim=16, num_heads=2, depth=2)
+    monkeypatch.setitem(recipes, 'digits', replace(recipes['digits'], model_args=small))
 
 def only_sentence(r, said):
     "Exit code 2 and exactly one sentence"
@@ -486,7 +493,7 @@ def test_bar_on_a_terminal(work, folder, warm):
     (['--no-exact'], (0., False), ['--keep', 1], (1., False)),
     (['--keep', 1], (1., None), ['--keep', 0, '--exact'], (0., True)),
     (['--exact'], (0., True), ['--no-exact'], (0., False))], ids=str)
-def test_keep_and_exact(flags, first, then, again, tmp_path, here, monkeypatch):
+def test_keep_and_exact(flags, first, then, again, tmp_path, here, monkeypatch, small_digits):
     """They reach the model and config.json; a run that goes on is as it was begun where the command does not say
     otherwise"""
     from revvit.training import progress
@@ -678,7 +685,7 @@ full_errors = dict(cuda=torch.OutOfMemoryError('CUDA out of memory. Tried to all
     system=OSError(12, 'Cannot allocate memory'))
 
 @pytest.mark.parametrize('kind', full_errors)
-def test_memory_that_runs_out_leaves_checkpoint_and_state(kind, tmp_path, here, monkeypatch):
+def test_memory_that_runs_out_leaves_checkpoint_and_state(kind, tmp_path, here, monkeypatch, small_digits):
     """In the second epoch: one sentence, files as the first epoch left them; and with --resume --chunk the run ends
     as it would have"""
     line,calls = ['--epochs', 2, '--batch-size', 512, '--out', 'run'],[]

@@ -105,6 +105,8 @@ def test_notebook_as_read_on_the_web(path):
     assert outs, 'no stored output: run the notebook and commit what it shows'
     assert not [o for o in outs if o['output_type'] == 'error']
     assert not [o for o in outs if o.get('name') == 'stderr'], 'a stored warning or progress bar'
+    drawn = [src for src,out in code if any('image/png' in o.get('data', {}) for o in out)]
+    assert not [src for src in drawn if '#| fig-alt: ' not in src], 'a picture without a word for who cannot see it'
     words = re.sub(r'"image/png": "[^"]*"', '', text) # without pictures, whose letters spell anything
     assert not re.findall(r'(?:/(?:home|root|tmp|Users|work|private)/|[A-Z]:\\\\Users)\w*', words)
     assert len(text) < 300_000, f'{len(text)/1000:.0f} kB'

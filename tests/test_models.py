@@ -11,6 +11,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 from torch.testing import assert_close
 import revvit
+from revvit.models import zoo
 from revvit.core.memory import saved_bytes
 from revvit.core.testing import check_grads
 from revvit.models.checkpoints import load_model, save_checkpoint
@@ -53,6 +54,15 @@ def test_R27_forward_is_finite_and_repeats_and_no_image_knows_of_its_batch(name)
     layout = torch.channels_last if x.ndim==4 else torch.channels_last_3d
     assert_close(m(x.contiguous(memory_format=layout)), y, rtol=1e-4, atol=1e-5)
     with torch.no_grad(): assert_close(m(x), y, rtol=1e-4, atol=1e-5)
+
+@every
+def test_no_number_is_drawn_where_there_are_none(name, monkeypatch):
+    "Reading a checkpoint makes such models, and PyTorch takes seven eighths of that time to draw for nothing"
+    def drawn(*args, **kw): raise AssertionError('drawn')
+    monkeypatch.setattr(zoo, 'trunc_normal_', drawn)
+    with torch.device('meta'): m = narrow(name)
+    assert all(p.is_meta for p in m.parameters())
+    with pytest.raises(AssertionError, match='drawn'): narrow(name)
 
 @pytest.mark.parametrize('on', [True,False], ids=['reversible','plain'])
 @every

@@ -7,6 +7,8 @@ __all__ = ['digits_cfg', 'digits', 'hold_out', 'DigitJitter', 'digits_dls']
 
 # %% ../../nbs/data/21_digits.ipynb #f9f07680
 import numpy as np, torch
+from copy import deepcopy
+from functools import cache
 from fastai.vision.all import (Categorize, DataLoaders, Datasets, IntToFloatTensor, Normalize, RandTransform,
     TensorImage, TensorImageBW, Transform, affine_mat, rotate_mat, zoom_mat)
 from PIL import Image
@@ -64,6 +66,7 @@ class _Pick(Transform):
     def __init__(self, items, wrap): self.items,self.wrap = items,wrap
     def encodes(self, i:int): return self.wrap(self.items[i])
 
+@cache   # half a second, for each `digits_dls`
 def _resized():
     "The digits as (1797, 1, 16, 16), 8 bits, and their labels"
     images,labels = digits()
@@ -84,7 +87,7 @@ def digits_dls(
 )->DataLoaders: # With `vocab`
     "fastai `DataLoaders` of the digits"
     if held_out not in ('test','valid'): raise ValueError(f"held_out must be 'test' or 'valid', got {held_out!r}")
-    x,labels = _resized()
+    x,labels = deepcopy(_resized())
     train,held = hold_out(labels, 36)
     if held_out=='valid': train,held = (train[o] for o in hold_out(labels[train], 36))
     if not 1<=bs<=len(train):

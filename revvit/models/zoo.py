@@ -24,6 +24,7 @@ def init_layer(
     m:nn.Module, # Of a layer the weights are drawn; any other module is left as it is
 ):
     "Starting weights of one layer, by the publisher's rule"
+    if any(p.is_meta for p in m.parameters(recurse=False)): return   # no numbers; PyTorch is slow to find nothing
     if isinstance(m, (nn.Conv2d,nn.Conv3d)): m.reset_parameters()   # for the bias, which stays as PyTorch starts it
     if isinstance(m, (nn.Linear,nn.Conv2d,nn.Conv3d)): trunc_normal_(m.weight, std=.02)
     if isinstance(m, nn.LayerNorm): nn.init.ones_(m.weight)
@@ -72,7 +73,7 @@ class Classifying(nn.Module):
     def init_weights(self):
         "Draw the starting weights"
         for n,p in self.named_parameters():
-            if n.startswith('pos_embed'): trunc_normal_(p, std=.02)
+            if n.startswith('pos_embed') and not p.is_meta: trunc_normal_(p, std=.02)
         self.apply(init_layer)
 
 # %% ../../nbs/models/13_zoo.ipynb #8793a95d

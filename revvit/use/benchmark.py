@@ -214,6 +214,7 @@ def plot_group(
 ):
     "Peak memory against time, one point for each candidate that has both"
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogFormatter
     ax = ax or plt.subplots(figsize=(6,3.6))[1]
     for r in group['rows']:
         if r.get('ratio') is None or r.get('per_image') is None: continue
@@ -223,7 +224,7 @@ def plot_group(
             textcoords='offset points', fontsize=8, rotation=40)
     ax.set(xlabel="time of a step over the first row's", ylabel='peak MB per image', yscale='log', title=group['title'])
     ax.yaxis.set_major_formatter('{x:g}')
-    ax.yaxis.set_minor_formatter('{x:g}')
+    ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.2,.5)))   # a few, where there is room
     ax.tick_params(which='minor', labelsize=6)
     ax.title.set_fontsize(9)
     ax.margins(x=.25, y=.3)
