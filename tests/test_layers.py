@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from revvit.core.block import ReversibleBlock
 from revvit.core.coupling import couple, uncouple
 from revvit.core.memory import saved_bytes
+from revvit.core.sequence import ReversibleSequence
 from revvit.models.fused import untouched
 from revvit.models.layers import (MlpFusion, PatchEmbed, PooledFusion,
                                   StreamFusion, attention_half, check_images, mlp_half)
@@ -237,3 +238,20 @@ def test_drop_path_spares_as_many_images_as_it_says(shared):
     assert all(abs(len(o)/100_000-.75) < .01 for o in rows)
     both = len(set(rows[0].tolist())&set(rows[1].tolist()))
     assert abs(both/100_000-(.75 if shared else .75**2)) < .01
+
+@pytest.mark.parametrize('shared', [False, True])
+@pytest.mark.parametrize('on', [True, False], ids=['rebuilt','stored'])
+def test_drop_path_makes_up_for_those_it_drops(on, shared):
+    "An image gets nothing from a half, or as much more as others are left out, both ways"
+    f,g = (nn.Linear(8, 8) for _ in range(2))
+    seq = ReversibleSequence([ReversibleBlock(f, g, .2, shared)], chunk=7).double()
+    seq.set_reversible(on)
+    x1,x2 = torch.randn(2, 40, 3, 8, **double).requires_grad_()
+    y1,y2 = seq(x1, x2)
+    of_f,of_g = (((y-x)/m(o)).detach().flatten(1) for x,y,m,o in ((x1,y1,f,x2),(x2,y2,g,y1)))
+    for o in (of_f,of_g):
+        assert {round(v, 9) for v in o.flatten().tolist()} == {0., 1.25}
+        assert_close(o, o[:,:1].expand_as(o), rtol=0, atol=1e-9)   # whole images
+    assert torch.equal(of_f[:,0].round(), of_g[:,0].round()) == shared
+    back, = torch.autograd.grad(y1.sum(), x2)
+    assert_close(back, of_f[:,:1,None]*f.weight.sum(0).expand_as(back), rtol=0, atol=1e-9)
