@@ -122,6 +122,11 @@ def test_R36_uneven_rate_goes_by_time(tmp, suffix, codec):
     late = [a-b for a,b in zip(at, nearest)]
     assert max(map(abs, late))<=1.01/v.rate and got==sorted(got) and got[0]==0
 
+def test_R36_halfway_frames_have_moments_of_their_own():
+    "Stamps between two moments all go up; rounded to even numbers, two frames would share one"
+    video = SimpleNamespace(first=1, scale=.5)
+    assert [Video._slot(video, t) for t in (2, 4, 6, 8)]==[1, 2, 3, 4]
+
 def test_R36_edit_list_and_sound(tmp):
     """Frames that an mp4 hides at its start are not counted; sound that goes on longer than the pictures is no
     truncation"""
