@@ -597,6 +597,21 @@ def test_R39_a_killed_reader_ends_the_run(tmp_path, here, warm):
     table = (tmp_path/'run/history.csv').read_text().split()
     assert [o.split(',')[0] for o in table] == ['epoch', *'1234']
 
+def test_R39_news_of_a_killed_reader_in_the_middle_of_a_tensor(work, tmp_path, warm):
+    "It comes between any two steps of Python's; what it leaves half made is not another word"
+    for i in range(10): (tmp_path/'classes'/str(i)).mkdir(parents=True)
+    for i in range(20): os.link(work/'runs/digits/digit_3.png', tmp_path/'classes'/str(i%10)/f'{i}.png')
+    news = """import multiprocessing
+from torch.multiprocessing.reductions import StorageWeakRef
+def init(self, storage, whole=StorageWeakRef.__init__):
+    if multiprocessing.parent_process(): return whole(self, storage)
+    self.cdata = storage._weak_ref()
+    raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.')
+StorageWeakRef.__init__ = init"""
+    words = script('revvit_test'), '--data', 'classes', '--weights', work/'runs/digits/checkpoint.pth', '--workers', 2
+    r = warm.run(words, tmp_path, env, before=news)
+    only_sentence(r, 'a process that reads files was killed')
+
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='needs /proc')
 @pytest.mark.parametrize('name,args', [('revvit_predict', ['many', '--batch-size', 1]),
                                        ('revvit_test', ['--data', 'classes', '--batch-size', 1])])

@@ -167,11 +167,22 @@ def _plain_warnings(name):
     try: yield
     finally: warnings.formatwarning = old
 
+@contextmanager
+def _no_word_of_half_made():
+    "PyTorch's news of a killed reader comes between any two steps of Python's, that of making a reference too"
+    old = sys.unraisablehook
+    def heard(o):
+        if not (isinstance(o.exc_value, AttributeError) and '_free_weak_ref' in str(o.exc_value)): old(o)
+    sys.unraisablehook = heard
+    try: yield
+    finally: sys.unraisablehook = old
+
 def command(
     func, # Returns an exit code, or None for 0
 ): # Takes a list of words, the command line's by default, and returns an exit code
     "Turn `func` into a command"
     @wraps(func)
+    @_no_word_of_half_made()
     def _run(argv=None):
         warnings.filterwarnings('ignore', category=FutureWarning)   # fastai and timm still use torch.jit
         try:
