@@ -177,6 +177,7 @@ def _no_word_of_half_made():
     try: yield
     finally: sys.unraisablehook = old
 
+# %% ../../nbs/use/44_command.ipynb #6d0014c3
 def command(
     func, # Returns an exit code, or None for 0
 ): # Takes a list of words, the command line's by default, and returns an exit code
