@@ -63,8 +63,10 @@ def small_set():
     return [host_group(), host_group(.1),
         compare('revvit_small_patch16_224', 4, ('eager','checkpointed','blocks compiled'), tuple(settings),
             slope=(16,24)),   # whole chunks: two and three
+        compare('revvit_small_patch16_224', 8, ours=('reversible','keep 0.07'), measures=('time',)),
+        compare('revvit_small_patch16_224', 8, ours=('reversible',), args=dropped, measures=('time',)),
         compare('revvit_tiny_patch16_224', 2, ours=('reversible','stored'), amp='bfloat16'),
-        compare('revvit_small_patch16_224', 4, ours=('reversible',), args=dropped, measures=drawn),
+        compare('revvit_small_patch16_224', 4, ours=('reversible',), args=dropped, measures=('memory',)),
         compare('revmvit_base_224', 8, ('eager',), ours=('reversible','stored'), measures=drawn, rounds=2),
         compare('revmvit_base_16x4_224', 1, ours=('reversible',), measures=drawn, rounds=1)]
 
