@@ -7,13 +7,16 @@ import numpy as np, pytest, torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from revvit.core.block import ReversibleBlock
+from revvit.core.device import pick_device
 from revvit.core.sequence import ReversibleSequence
 from revvit.models.mvit import RevMViT
 from revvit.core.testing import weighted_sum
 from revvit.models.vit import RevViT
 
 torch.set_num_threads(1)
-DEVICE = torch.device(os.environ.get('REVVIT_DEVICE', 'cpu'))   # where all of them compute
+DEVICE = pick_device(os.environ.get('REVVIT_DEVICE', 'cpu'))   # where all of them compute
+if DEVICE.type=='cuda':   # the same bits twice are asked for, and float32 that is float32
+    torch.backends.cudnn.deterministic,torch.backends.cudnn.allow_tf32 = True,False
 REMEDY = r'set_reversible\(False\)'
 
 # --- makers: `make(chunk, rate, dtype, b)` gives a model and its inputs

@@ -9,7 +9,7 @@ from unittest.mock import patch
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
-from revvit.core import block, sequence
+from revvit.core import block, self_check, sequence
 from revvit.models import fused
 
 class Waits(RuntimeError): "The host would wait for the device"
@@ -129,6 +129,10 @@ def fake_cuda():
         stack.enter_context(patch('torch._C._current_graph_task_id', lambda: 1))
         stack.enter_context(patch('torch.amp.autocast_mode.torch.cuda.amp.common.amp_definitely_not_available',
                                   lambda: False))
+        # what waits for an answer would wait for ever, and weights of a sum would be fake for real tensors too
+        stack.enter_context(patch.object(self_check, '_waiting', []))
+        stack.callback(self_check._weights.cache_clear)
+        self_check._weights.cache_clear()
         for m in (block,sequence,fused): stack.enter_context(patch.object(m, 'type', kind, create=True))
         stack.enter_context(mode)
         yield mode

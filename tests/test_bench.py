@@ -3,8 +3,10 @@ times are judged"""
 import ast, json, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest, torch
+from revvit.core.device import pick_device
 from revvit.use import cli
 from revvit.use import benchmark as bench, measures, sets
 from revvit.use.measures import Candidate, Group
@@ -132,15 +134,69 @@ def test_attention_is_kept_and_not_repeated():
     assert b['kept'] > a['kept']
 
 def test_compiled_rivals(monkeypatch):
-    """What torch.compile is given, and that the budget holds while the model is traced; compiling itself takes too
-    long here"""
+    """Each budget is compiled for itself, though models and shapes are alike, and holds while it is; compiling itself
+    takes too long here"""
     seen = []
-    def fake(m, **kw): return lambda x: seen.append((torch._functorch.config.activation_memory_budget, kw)) or m(x)
-    monkeypatch.setattr(torch, 'compile', fake)
+    def compile_fx(graph, inputs, **kw):
+        seen.append(torch._functorch.config.activation_memory_budget)
+        return graph.forward
+    monkeypatch.setattr('torch._inductor.compile_fx.compile_fx', compile_fx)
     res = rows(*(replace(PLAIN, way=w) for w in ('compiled', 'budget 0.1', 'budget 0.5')))
-    assert {b for b,_ in seen} == {1., .1, .5} and all(kw == dict(dynamic=False) for _,kw in seen)
+    assert [o['status'] for o in res] == ['ok']*3 and seen == [1., .1, .5]
     assert torch._functorch.config.activation_memory_budget == 1.
     for r in res: assert r['operations'] is None and r['fixed'] == 0 and r['per_image'] == r['peak']/2
+
+def test_what_is_compiled_comes_last(monkeypatch):
+    "A run that is out of time has measured all else; the rows stay in their order"
+    began = []
+    monkeypatch.setattr(bench, 'Runner', lambda c, *a: began.append(c.name) or 1/0)
+    ways = dict(whole='compiled', blocks='blocks compiled')
+    res = rows(PLAIN, *(replace(PLAIN, name=k, way=w) for k,w in ways.items()), OURS)
+    assert began == ['plain', 'ours', 'whole', 'blocks']
+    assert [o['name'] for o in res] == ['plain', 'whole', 'blocks', 'ours']
+
+def on_a_gpu(monkeypatch, step):
+    "The limit on the process's memory, wherever it is set; `step(n)` is what a step of `n` images does"
+    limits = []
+    monkeypatch.setattr(torch.cuda, 'memory_allocated', lambda d: 8)
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda d: SimpleNamespace(total_memory=100))
+    monkeypatch.setattr(torch.cuda, 'set_per_process_memory_fraction', lambda f, d: limits.append(f))
+    monkeypatch.setattr(measures, 'clean', lambda device: None)
+    monkeypatch.setattr(measures, 'memory_of', lambda runner, n: step(n) or dict(peak=n))
+    monkeypatch.setattr(measures, 'step_seconds', lambda runner, x, y: .01*x)
+    return limits
+
+RUNNER = SimpleNamespace(device=torch.device('cuda', 0), parameters=1, group=SimpleNamespace(batch_size=4),
+                         batch=lambda n: (n,n))
+
+@pytest.mark.parametrize('fits,n,want', [(200,90,90), (85,90,81), (75,90,72), (10,90,None), (1000,900,300)])
+def test_the_largest_batch_is_run(monkeypatch, fits, n, want):
+    "Of what should fit all, nine tenths or eight; of what takes longer than three seconds as much as takes three"
+    def step(n):
+        if n>fits: raise torch.OutOfMemoryError('CUDA out of memory')
+    limits = on_a_gpu(monkeypatch, step)
+    res = measures.try_largest(RUNNER, n, 50.)
+    assert limits == [.42, 1.]   # 8 bytes a weight are there already
+    assert res is None if want is None else (res['batch_size'], res['images_per_second']) == (want, pytest.approx(100))
+
+def test_the_largest_batch_of_whom(monkeypatch):
+    "Of all but compiled models, whose every size takes a compilation, and the offloaded, which would fill the computer"
+    tried = []
+    monkeypatch.setattr(bench, 'try_largest', lambda runner, n, memory: tried.append((runner.candidate.way, n)) or {})
+    ways = 'eager', 'offloaded', 'compiled', 'checkpointed'
+    pairs = [(dict(status='ok', largest_batch=k), SimpleNamespace(candidate=o, compiled=o.compiled))
+             for k,o in enumerate(replace(PLAIN, way=w) for w in ways)]
+    pairs += [(dict(status='failed'), None), (dict(status='ok'), pairs[0][1])]
+    bench._largest(pairs, 'cpu', 1e9, lambda: False)
+    assert tried == [('eager',0), ('checkpointed',3)]
+    bench._largest(pairs, 'cpu', 1e9, lambda: True)
+    assert len(tried) == 2
+
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
+    "What limits a process's memory wants the number"
+    monkeypatch.setattr(torch, 'zeros', lambda *a, **k: torch.ones(1))
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 3)
+    assert pick_device('cuda') == torch.device('cuda', 3) and pick_device('cuda:1') == torch.device('cuda', 1)
 
 def test_settings_are_data():
     "Whatever `set_reversible` takes; what it does not take is a row that says so"
@@ -204,9 +260,12 @@ def test_sets_name_what_there_is(groups):
             if g.args.get('drop_path_rate') or c.args.get('drop_path_rate'): assert 'error' not in g.measures
 
 def test_the_gpu_set_has_every_rival():
-    first = sets.large_set()[0]
-    assert {'eager', 'checkpointed', 'attention kept', 'offloaded', 'compiled', 'budget 0.1',
-            'budget 0.5'} == {c.way for c in first.candidates if c.settings is None and not c.model.startswith('rev')}
+    "Beside a ViT-L in bfloat16; what is compiled in a group of its own, at the end"
+    gs = [g for g in sets.large_set() if 'revvit_large' in g.title and g.amp=='bfloat16' and not 'drop' in g.title]
+    assert {'eager', 'checkpointed', 'attention kept', 'offloaded', 'compiled', 'budget 0.1', 'budget 0.5'} == {c.way
+        for g in gs for c in g.candidates if c.settings is None and not c.model.startswith('rev')}
+    compiled = [any(c.compiled for c in g.candidates) for g in sets.large_set()]
+    assert sum(compiled) == compiled[-1] == 1 and len({g.title for g in sets.large_set()}) == len(compiled)
     assert {c.model for g in sets.large_set() for c in g.candidates} >= {'torchvision/mvit_v1_b', 'mvitv2_base',
         'vit_small_patch16_224', 'vit_base_patch16_224', 'vit_large_patch16_224'}
 

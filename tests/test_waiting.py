@@ -10,8 +10,10 @@ import pytest, torch
 from fastai.vision.all import Callback, DataLoaders, Learner
 from torch import nn
 from torch.nn.functional import cross_entropy
+from revvit.core import self_check
 from revvit.training.recipes import recipes
 from revvit.training.learner import learner
+from revvit.use.measures import _build
 from cases import *
 from fake_cuda import Waits, fake_cuda, gradients
 
@@ -60,6 +62,36 @@ def test_near(amp):
 def test_attention_asks_for_its_kernel_as_when_it_is_repeated():
     "With a graph both times: without one cuDNN, for one, plans another kernel, whose result may have other bits"
     assert len(set(step(STEPS['lean'], rate=0).softmax)) == 1
+
+@pytest.mark.parametrize('make', [STEPS[o] for o in ('sequence','tail','images')], ids=['sequence','tail','images'])
+def test_cudnn_holds_no_races_meanwhile(make, monkeypatch):
+    "With benchmark=True it times kernels once in each thread: the repetition, in another, could be given other ones"
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', True)
+    seen = []
+    def note(*args): seen.append((torch.is_grad_enabled(),torch.backends.cudnn.benchmark))
+    def listen(m):
+        halves = [o for b in m.modules() if isinstance(b, ReversibleBlock) for o in (b.f,b.g)]
+        for o in halves+[o for o in m.modules() if isinstance(o, Fuse)]: o.register_forward_pre_hook(note)
+    step(make, change=listen)
+    assert torch.backends.cudnn.benchmark
+    assert {g for g,_ in seen}=={False,True} and not any(on for _,on in seen)   # forwards, and repeated with a graph
+
+def test_a_step_leaves_nothing_behind():
+    "Real self-checks afterwards are heard, and compare real numbers"
+    step(STEPS['sequence'])
+    assert not self_check._waiting
+    m,xs = sequence(2, 2)
+    loss_of(m, xs).backward()
+    assert type(self_check._weights(8, torch.device('cpu'), torch.float64)) is torch.Tensor
+
+@pytest.mark.parametrize('name,args', [('vit_tiny_patch16_224', dict(depth=1, drop_path_rate=.1)),
+    ('revvit_tiny_patch16_224', dict(depth=2, drop_path_rate=.1)), ('revmvit_base_224', dict(drop_path_rate=.1)),
+    ('revmvit_base_16x4_224', {})])
+def test_models_can_be_made_there(name, args):
+    "Every weight is drawn on the device, as the benchmark does"
+    with fake_cuda():
+        made = _build(name, args, torch.device('cuda'))
+        assert {p.device.type for p in made.parameters()} == {'cuda'}
 
 def _read(x): float(x.sum()); return x
 def _branch(x): return x if x.sum()>0 else -x

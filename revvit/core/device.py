@@ -21,7 +21,7 @@ def pick_device(
         torch.zeros(1, device=found).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ValueError(f"device {str(device)!r} cannot be used: {str(e).splitlines()[0]}") from e
-    return found
+    return torch.device('cuda', torch.cuda.current_device()) if found==torch.device('cuda') else found
 
 # %% ../../nbs/core/09_device.ipynb #144e3cea
 def allow_tf32(

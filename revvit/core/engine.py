@@ -107,7 +107,7 @@ class _Block(Function):
         t,f,g,ds = ctx.tape,ctx.f,ctx.g,[d1,d2]
         needs,n,k,used = ctx.needs_input_grad[6:],len(f.params),len(g.params)+len(g.context),[d is not None for d in ds]
         kept,f.lost,g.lost = ctx.saved_tensors
-        with t:
+        with t, steady(t.y1.device):
             d1,d2 = (torch.zeros_like(y) if d is None else d for d,y in zip(ds, (t.y1,t.y2)))
             gg,fed = half_backward(g, t.y1, t.y2, d1, d2, needs[n:n+k], t.exact, used[1], not ctx.keep)
             if ctx.keep: t.y2.copy_(kept)
@@ -152,7 +152,7 @@ class _Tail(Function):
     @staticmethod
     def backward(ctx, d):
         ctx.tape.load(*ctx.saved_tensors, (d,))
-        with ctx.tape:
+        with ctx.tape, steady(d.device):
             d1,d2,gp = _tail_back(ctx.call, ctx.tape.y1, ctx.tape.y2, d, ctx.needs_input_grad[4:], ctx.start)
             if not any(ctx.needs_input_grad[:2]): ctx.tape.finish()
         return d1,d2,None,None,*gp

@@ -16,7 +16,7 @@ from .coupling import check_alike, describe
 from .exact import GRID, Snap, grid
 from .self_check import hear
 from .near import check_near
-from .state import amp_dtype, transforming
+from .state import amp_dtype, steady, transforming
 from .context import check_context, for_block, tensors_given
 from .dial import Plan, check_keep, chunk_size, spend, stored_bytes, tail_chunk_size
 from .engine import Tape, run_in_place
@@ -89,7 +89,7 @@ def _rebuilt(self:ReversibleSequence, blocks, x1, x2, tail, tape, x2_of, context
     def calls(x):
         for i,b in blocks: yield *b.calls(i, x, chunk, for_block(context, i) if context else None, **own),i in x2_of
     def last(x): return make_call(tail, 'the tail', x, self.chunk or tail_chunk_size(x))
-    return run_in_place(x1, x2, tape, calls, None if tail is None else last)
+    with steady(x1.device): return run_in_place(x1, x2, tape, calls, None if tail is None else last)
 
 # %% ../../nbs/core/07_sequence.ipynb #5aa6fe02
 @patch

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['graph_task', 'keeps_graph', 'fused_sdp_choice', 'private', 'is_batched', 'transforming', 'saving_is_hooked',
            'global_hooks', 'function_modes', 'storage_users', 'rng_states', 'set_rng_states', 'rng_moved', 'Watch',
-           'has_unknown_code', 'remember_draws', 'may_draw', 'drew', 'draws', 'amp_dtype', 'same_autocast', 'path_in',
-           'Record']
+           'has_unknown_code', 'remember_draws', 'may_draw', 'drew', 'draws', 'amp_dtype', 'same_autocast', 'steady',
+           'path_in', 'Record']
 
 # %% ../../nbs/core/02_state.ipynb #0a91b88a
 import gc, torch, weakref
 from weakref import WeakSet
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from fastcore.basics import patch
 from torch import nn
@@ -205,6 +205,19 @@ def same_autocast(
     t = device.type
     if not _has_autocast(t): return nullcontext
     return partial(torch.autocast, t, torch.get_autocast_dtype(t), torch.is_autocast_enabled(t), False)
+
+# %% ../../nbs/core/02_state.ipynb #5e2d0a12
+@contextmanager
+def _untimed():
+    torch.backends.cudnn.benchmark = False
+    try: yield
+    finally: torch.backends.cudnn.benchmark = True
+
+def steady(
+    device:torch.device, # Where a computation runs that will be repeated
+): # A context
+    "Let cuDNN choose kernels by its rules, not by a race"
+    return _untimed() if device.type=='cuda' and torch.backends.cudnn.benchmark else nullcontext()
 
 # %% ../../nbs/core/02_state.ipynb #eab14695
 def _state(t):

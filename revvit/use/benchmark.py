@@ -51,8 +51,13 @@ def _alone(row, runner, judges, memory):
         key = c.model,str({k: v for k,v in c.args.items() if k!='chunk'})
         if key not in judges: judges[key] = exact_gradients(runner)
         row['gradient_error'] = gradient_error(runner, judges[key])
-    if 'largest' in g.measures and runner.device.type=='cuda' and not runner.compiled:
-        row['tried'] = try_largest(runner, row['largest_batch'], memory)
+
+def _largest(pairs, device, memory, late):
+    "Run the largest batch of each candidate, if that says something new"
+    for row,runner in pairs:
+        if late() or row['status']!='ok' or runner.compiled or 'largest_batch' not in row: continue
+        if runner.candidate.way=='offloaded': continue   # it would fill the computer's memory
+        row['tried'] = _attempt(row, lambda: try_largest(runner, row['largest_batch'], memory), device)
 
 # %% ../../nbs/use/43_benchmark.ipynb #bd4e61dd
 def _rounds(pairs, group, device, late):
@@ -87,14 +92,15 @@ def run_group(
     late=lambda: False, # Whether the time for the whole run is over
 )->dict: # The group's own settings, and `rows`, one for each candidate
     "Measure the candidates of a group"
-    pairs,judges = [],{}
-    for c in group.candidates:
-        none = dict(asdict(c), status='not run', why='the time for this run was over'),None
-        row,runner = none if late() else _start(c, group, device)
-        pairs.append((row,runner))
+    cs,judges = group.candidates,{}
+    pairs = [None]*len(cs)
+    for k in sorted(range(len(cs)), key=lambda k: cs[k].compiled):   # a compilation may take a minute: those last
+        none = dict(asdict(cs[k]), status='not run', why='the time for this run was over'),None
+        row,runner = pairs[k] = none if late() else _start(cs[k], group, device)
         if runner: _attempt(row, lambda: _alone(row, runner, judges, memory), device)
     judges.clear()
     if 'time' in group.measures or 'host' in group.measures: _timed(pairs, group, device, late)
+    if 'largest' in group.measures and torch.device(device).type=='cuda': _largest(pairs, device, memory, late)
     rows = [row for row,_ in pairs]
     compiled = any(r and r.compiled for _,r in pairs)
     del pairs,runner

@@ -68,7 +68,7 @@ def _bench(groups, device, title, typed, memory, minutes, threads, out, json):
 # %% ../../nbs/use/48_cli.ipynb #0fc0f66b
 @command
 def revvit_bench(
-    small:bool=False, # The set for a CPU, by default where there is no GPU; the other wants a GPU of 40 GB or more
+    small:bool=False, # The set for a CPU, by default where there is no GPU; the other wants a GPU of 80 GB or more
     models:str|None=None, # A set of one's own: our models, such as revvit_small_patch16_224,revmvit_base_224
     depths:str|None=None, # Numbers of blocks for --models that are ViTs, with commas; by default the models' own
     batch_sizes:str|None=None, # Images or clips a step for --models, with commas between; by default 8

@@ -8,6 +8,7 @@ __all__ = ['ways', 'Candidate', 'Group', 'Runner', 'clean', 'memory_of', 'lines_
 
 # %% ../../nbs/use/42_measures.ipynb #8c40d2ab
 import gc, time
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 import timm, torch
@@ -26,6 +27,9 @@ class Candidate:
     way:str='eager' # How it goes backwards, a key of `ways`
     settings:dict|None=None # Arguments of `set_reversible`; None leaves the model as it is made
     args:dict=field(default_factory=dict) # Further arguments of the model
+
+    @property
+    def compiled(self): return self.way.startswith(('compiled','blocks','budget'))
 
 @dataclass(frozen=True)
 class Group:
@@ -65,10 +69,11 @@ def _offloaded(m):
 
 def _compiled(m, budget=None):
     "The whole model, which may keep the share `budget` of its activations"
-    run = torch.compile(m, dynamic=False)
-    def forward(x):
-        with torch._functorch.config.patch(activation_memory_budget=budget): return run(x)
-    return run if budget is None else forward
+    if budget is None: return torch.compile(m, dynamic=False)
+    def backend(graph, inputs):   # one for each budget: of models that are alike, compiled code is shared by backend
+        from torch._inductor.compile_fx import compile_fx
+        with torch._functorch.config.patch(activation_memory_budget=budget): return compile_fx(graph, inputs)
+    return torch.compile(m, dynamic=False, backend=backend)
 
 def _blocks_compiled(m):
     "Each block, which takes one compilation for all blocks that are alike"
@@ -80,12 +85,13 @@ ways = {'eager': lambda m: m, 'checkpointed': _checkpointed, 'attention kept': _
     'budget 0.1': partial(_compiled, budget=.1), 'budget 0.5': partial(_compiled, budget=.5)}
 
 # %% ../../nbs/use/42_measures.ipynb #9ad73465
-def _build(name, args):
+def _build(name, args, device):
     "The model `name`, of timm or torchvision, with weights from seed 0"
     torch.manual_seed(0)
-    if not name.startswith('torchvision/'): return timm.create_model(name, **args)
-    from torchvision.models import get_model
-    return get_model(name.partition('/')[2], weights=None, **args)
+    with device if device.type=='cuda' else nullcontext():   # one core takes seconds to draw a ViT-L's weights
+        if not name.startswith('torchvision/'): return timm.create_model(name, **args)
+        from torchvision.models import get_model
+        return get_model(name.partition('/')[2], weights=None, **args)
 
 class Runner:
     "A candidate's model and its training step"
@@ -97,12 +103,11 @@ class Runner:
     ):
         kwargs = {**({} if '/' in candidate.model else group.args), **candidate.args, **args}
         self.group,self.candidate,self.device = group,candidate,torch.device(device)
-        self.model = _build(candidate.model, kwargs).to(device).train()
+        self.model = _build(candidate.model, kwargs, self.device).to(device).train()
         if candidate.settings is not None: self.model.set_reversible(**candidate.settings)
         self.forward = ways[candidate.way](self.model)
         for p in self.model.parameters(): p.grad = torch.zeros_like(p)
-        self.parameters = sum(p.numel() for p in self.model.parameters())
-        self.compiled = candidate.way.startswith(('compiled', 'blocks', 'budget'))
+        self.parameters,self.compiled = sum(p.numel() for p in self.model.parameters()),candidate.compiled
 
     def batch(self, n):
         "`n` images or clips and their labels"
@@ -191,17 +196,18 @@ def try_largest(
     runner:Runner, # On a CUDA device
     n:int, # Images that should fit
     memory:float, # Bytes that a training run may take
-    most:int=4096, # Images that are tried at most
+    seconds:float=3., # That a step of it may take
 )->dict|None: # batch_size, seconds, images_per_second, allocated, reserved; None if nothing fitted
     "Run the largest batch within `memory`"
-    device,P = runner.device,runner.parameters
+    device,P,B = runner.device,runner.parameters,runner.group.batch_size
+    n = min(n, int(seconds*B/step_seconds(runner, *runner.batch(B))))
     others = torch.cuda.memory_allocated(device)-8*P
     share = (memory-8*P+others)/torch.cuda.get_device_properties(device).total_memory
     clean(device)
     torch.cuda.set_per_process_memory_fraction(min(1., share), device)
     try:
         for k in (10, 9, 8):
-            b = max(1, min(n, most)*k//10)
+            b = max(1, n*k//10)
             try: return dict(batch_size=b, **_measured(runner, b))
             except RuntimeError as e:
                 if not out_of_memory(e): raise
@@ -275,6 +281,7 @@ def step_seconds(
 )->float: # Seconds a step
     "CPU seconds of the process on a CPU, seconds of the device on CUDA"
     if runner.device.type!='cuda': return host_seconds(runner, x, y, steps)
+    torch.manual_seed(1)   # drop path spares as many as in the warm-up: for other numbers attention is planned anew
     a,b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(runner.device)
     a.record()
