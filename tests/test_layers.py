@@ -239,6 +239,19 @@ def test_drop_path_spares_as_many_images_as_it_says(shared):
     both = len(set(rows[0].tolist())&set(rows[1].tolist()))
     assert abs(both/100_000-(.75 if shared else .75**2)) < .01
 
+def test_nothing_is_picked_where_drop_path_spares_all():
+    "No indices then, so that nothing is copied; those who are left are the same for a batch of any size"
+    block,seen = ReversibleBlock(nn.Identity(), nn.Identity(), .1),[]
+    for seed in range(40):
+        torch.manual_seed(seed)
+        want = [o.nonzero().flatten().tolist() for o in torch.rand(2, 6) >= .1]
+        torch.manual_seed(seed)
+        got = block.survivors(torch.empty(6, 1))
+        assert [list(range(6)) if o is None else o.tolist() for o in got] == want
+        assert all((o is None)==(len(w)==6) for o,w in zip(got, want))
+        seen += [o is None for o in got]
+    assert .4 < sum(seen)/len(seen) < .65   # .9**6 is .53
+
 @pytest.mark.parametrize('shared', [False, True])
 @pytest.mark.parametrize('on', [True, False], ids=['rebuilt','stored'])
 def test_drop_path_makes_up_for_those_it_drops(on, shared):

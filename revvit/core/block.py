@@ -65,8 +65,10 @@ def survivors(self:ReversibleBlock,
     if not (self.training and self.drop_path): return None,None
     draw = torch.rand(1 if self.shared_drop_path else 2, len(x), dtype=torch.float32, device='cpu')
     rows = [o.nonzero().squeeze(1) for o in draw >= self.drop_path]
+    rows = [None if len(o)==len(x) else o for o in rows]   # nothing needs to be picked
     if x.device.type!='cpu':
-        rows = [(o.pin_memory() if x.is_cuda else o).to(x.device, non_blocking=True) for o in rows]
+        def send(o): return (o.pin_memory() if x.is_cuda else o).to(x.device, non_blocking=True)
+        rows = [o if o is None else send(o) for o in rows]
     return rows[0],rows[-1]
 
 @patch
