@@ -115,14 +115,24 @@ def test_any_of_the_streams_may_need_a_gradient_and_be_used(needs, used):
     agrees(m, lambda: run(*xs))
     if all(needs): agrees(m, lambda: run(xs[0], xs[0])[1:])
 
-def test_outputs_may_be_changed_in_place():
-    m,xs = sequence(3, 2)
-    def run():
-        torch.manual_seed(0)
-        y1,y2 = m(*xs)
+@pytest.mark.parametrize('rate', [0, 1], ids=['all kept','dropout and drop path'])
+@pytest.mark.parametrize('chunk', [2, None])
+def test_outputs_may_be_changed_in_place(chunk, rate):
+    "Nothing that the backward pass needs is lost; with stored activations PyTorch refuses, as of any residual stream"
+    m,xs = sequence(3, chunk, rate=rate)
+    def run(change, seed):
+        torch.manual_seed(seed)
+        y1,y2 = change(*m(*xs))
         y1.mul_(2); y2[0] = 0; y1 += y2
         return torch.autograd.grad(weighted_sum((y1,y2)), needing(m))
-    agrees(m, run)
+    def untouched(*ys): return ys
+    def copies(*ys): return [y.clone() for y in ys]
+    for seed in range(4):   # with some drop path spares all images of the last block, with others not
+        want = plain(m, lambda: run(copies, seed))
+        assert error(run(untouched, seed), want) < 1e-12
+        try: got = plain(m, lambda: run(untouched, seed))
+        except RuntimeError as e: assert 'modified by an inplace operation' in str(e)
+        else: assert rate and error(got, want) < 1e-12
 
 def test_float16_streams():
     m,xs = sequence(3, 2, dtype=torch.float16)

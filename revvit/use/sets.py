@@ -44,7 +44,7 @@ def compare(
 # %% ../../nbs/use/43a_sets.ipynb #8c86459c
 def host_group(
     drop_path:float=0., # Rate, of all candidates
-    rounds:int=8, # Of timed steps
+    rounds:int=24, # Of timed steps; a median of eight moved by a fifth from run to run on a shared machine
 )->Group:
     "What a step costs on the side of Python and the dispatcher"
     args = dict(img_size=32, embed_dim=16, num_heads=2, depth=24)
