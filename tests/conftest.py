@@ -1,15 +1,24 @@
-"""Where the models of `cases.py` compute: on the CPU, or where the environment variable REVVIT_DEVICE says; how
-tests start other processes, and what Python looks through for garbage"""
+"""Where the models of `cases.py` compute: on the CPU, or where the environment variable REVVIT_DEVICE says; which cases
+are asked, in which order; how tests start other processes, and what Python looks through for garbage"""
 import atexit, gc, os
 from collections import Counter
 
 import pytest
+from quick import quick
 from warm import Warm
 
 gc.disable()   # nothing is garbage while modules are imported and tests collected; on again in `quick_collections`
 
+def pytest_addoption(parser):
+    parser.addoption('--cases', choices=['some','others','all'], help="some: a quarter of the cases of each large "
+        "matrix, and nothing that is marked thorough; others: what that leaves out; all (default: some, but all where "
+        "files, tests or -k are given, and on a GPU)")
+
 def pytest_configure(config):
-    if not (name := os.environ.get('REVVIT_DEVICE')): return
+    name,option = os.environ.get('REVVIT_DEVICE'),config.option
+    named = config.args_source==config.ArgsSource.ARGS or option.keyword
+    if option.cases is None: option.cases = 'all' if named or name else 'some'   # workers get it from here
+    if not name: return
     from revvit.core.device import pick_device
     try: pick_device(name)
     except ValueError as e: raise pytest.UsageError(f"REVVIT_DEVICE={name}: {e}")
@@ -39,8 +48,20 @@ def quick_collections():
 # files with few tests that take long; the others go by how many they have, and the last are short in both ways
 LONG = 'training','memory','start','distributed','deploy','tutorials','detector','scattered_digits'
 
+def pytest_report_header(config):
+    if config.option.cases=='some': return "a quarter of each large matrix; the rest: pytest --cases others"
+
+def choose(config, items):
+    "Leave the cases that the option `--cases` is about"
+    if config.option.cases=='all': return
+    asked = quick(items)
+    if config.option.cases=='others': asked = {*items}-asked
+    config.hook.pytest_deselected(items=[o for o in items if o not in asked])
+    items[:] = [o for o in items if o in asked]
+
 def pytest_collection_modifyitems(config, items):
     "Shared out to several processes, long files come first, or one process waits for the other at the end"
+    choose(config, items)
     if not hasattr(config, 'workerinput'): return
     counts = Counter(o.path for o in items)
     def key(o): return o.path.stem.removeprefix('test_') not in LONG, -counts[o.path], o.path.name

@@ -262,6 +262,7 @@ class Tick(Callback):
     def after_loss(self): self.now += self.each*self.training
 
 @pytest.mark.parametrize('epochs,each', [(400, 3.), (60, 20.)], ids=['short epochs','long epochs'])
+@pytest.mark.thorough
 def test_an_hour_reads_as_a_report(monkeypatch, epochs, each):
     """Of a whole run of 3,600 seconds: under 100 kB, no line over 200 characters, epochs in order, a sign of life at
     least every half minute, the last epoch without time left"""

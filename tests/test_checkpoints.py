@@ -320,6 +320,7 @@ def bombs(tensors):
 
 @pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='needs /proc')
 @pytest.mark.filterwarnings('ignore')
+@pytest.mark.thorough
 def test_R29_no_file_asks_for_more_than_it_is_large(files, tmp_path):
     "Every reader refuses each in one sentence, in a process that could not pay; the model is unchanged"
     m,hub = build('vit'),tmp_path/'hub'

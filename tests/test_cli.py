@@ -228,6 +228,7 @@ def test_help(name, flags, capfd):
 @pytest.mark.parametrize('name,args,said', [
     ('revvit_train', ['--epochs', '-3'], 'epochs must be a whole number above 0, got -3'),
     ('revvit_predict', ['no.png'], 'no checkpoint.pth under runs/')])
+@pytest.mark.thorough
 def test_installed_commands_refuse(name, args, said, tmp_path):
     "The installed commands do what the functions below do; importing everything else prints nothing"
     only_sentence(run(tmp_path, name, *args), said)
@@ -403,6 +404,7 @@ def test_published_file_without_a_name(zoo, tmp_path, here):
     assert len(a['pred_scores']) == 1000
     assert a['pred_class'] == timm.data.ImageNetInfo().index_to_description(a['pred_label'])
 
+@pytest.mark.thorough
 def test_features_on_a_full_disk(work, tmp_path, warm):
     """A file that may not grow beyond 100 bytes stands for a full disk: a sentence that names the archive, and no old
     one that would look like the answer"""
@@ -569,6 +571,7 @@ def test_ctrl_c(workers, tmp_path, warm):
             time.sleep(.1)
         else: pytest.fail('a process of the run is still there')
 
+@pytest.mark.thorough
 def test_ctrl_c_before_the_first_epoch_ends(tmp_path, warm):
     cfg,end = tmp_path/'runs/digits/config.json',time.monotonic()+240
     with started(tmp_path, script('revvit_train'), '--batch-size', 1, warm=warm, stdout=subprocess.PIPE) as p:
@@ -580,6 +583,7 @@ def test_ctrl_c_before_the_first_epoch_ends(tmp_path, warm):
                                    'checkpoint; the same command with --resume begins again\n')
 
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='needs /proc')
+@pytest.mark.thorough
 def test_R39_a_killed_reader_ends_the_run(tmp_path, here, warm):
     "Exit code 1, one sentence; and the same command with --resume gets through"
     words = ['--epochs', '4', '--batch-size', '64', '--workers', '2', '--out', 'run', '--resume']
@@ -682,6 +686,7 @@ def small_rooms(zoo, tmp_path_factory, warm):
 
 @pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='needs /proc')
 @pytest.mark.parametrize('name', _small_rooms)
+@pytest.mark.thorough
 def test_no_memory_is_a_sentence(name, small_rooms):
     "A limit that leaves little beyond what the imports take: a real failure of the allocator, wherever it comes"
     code,err = small_rooms[name]
@@ -943,6 +948,7 @@ def test_features_do_not_replace_another_kind_of_file(zoo, here):
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGINT') or os.name != 'posix', reason='signals are those of POSIX')
 @pytest.mark.parametrize('name,swallow', [('revvit_train', False), ('revvit_predict', True), ('revvit_test', False)])
+@pytest.mark.thorough
 def test_ctrl_c_while_importing(name, swallow, tmp_path):
     "A package that takes long to import, and one that catches everything: exit code 130 and one sentence"
     wait = f"open({str(tmp_path/'here')!r}, 'w').close(); time.sleep(600)"

@@ -31,6 +31,7 @@ def trained(make):
         return m.eval(),x,m(x)
 
 @every
+@pytest.mark.thorough
 def test_onnx(make, tmp_path):
     "One file for any number of images"
     runtime = pytest.importorskip('onnxruntime')

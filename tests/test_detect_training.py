@@ -158,6 +158,7 @@ recipes['scattered_digits'] = TINY
 from revvit.use import cli
 '''
 
+@pytest.mark.thorough
 def test_killed_and_resumed(warm, folder, tmp_path):
     "kill -9 of the command"
     code = SETUP.format(tests=str(Path(__file__).parent))+'sys.exit(cli.revvit_train(sys.argv[1:]))'
@@ -206,6 +207,7 @@ def free_port():
         s.bind(('127.0.0.1', 0))
         return s.getsockname()[1]
 
+@pytest.mark.thorough
 def test_two_processes(warm, folder, tmp_path):
     "Gradients are averaged, and each held-out image is counted once"
     from revvit.data.average_precision import detections

@@ -252,6 +252,7 @@ def test_one_wrapper_a_fit_and_no_state_in_a_pickle(found):
     assert (found['resume']['wraps'], found['resume']['view']) == (1, True)
     assert found['resume']['sent'] and max(found['resume']['sent']) < 2000
 
+@pytest.mark.thorough
 def test_R26_a_nan_in_one_process_stops_all(tmp_path):
     "With its own sentence, a failing exit status, the states from before, and no process left"
     code,err,left = torchrun('poison', tmp_path, seconds=120)

@@ -1,5 +1,5 @@
-"""Two hundred of the fuzzer's cases, five hundred with the slow tests (`fuzz.py`; `tools/fuzz.py` runs as many as one
-likes), and that it would see a fault"""
+"""Two hundred of the fuzzer's cases, fifty of them in a run of the whole suite, five hundred with the slow tests
+(`fuzz.py`; `tools/fuzz.py` runs as many as one likes), and that it would see a fault"""
 import warnings
 
 import pytest, torch

@@ -219,6 +219,7 @@ def test_learner_stops():
         r'7 of the batch\)'): learn.fit(1, cbs=(spoil := Spoil()))
     assert same(list(learn.model.parameters()), spoil.before)
 
+@pytest.mark.thorough
 def test_these_tests_run(warm):
     "One case of each on the CPU, every test of this file: a GPU shall find no error but its own"
     which = '(vit3 or vit4 or test_learner or None-vit) and not torch.float16 and not these'

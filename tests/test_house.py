@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import revvit
 
+pytestmark = pytest.mark.every_case   # they are quick, and each is of another file
 root = Path(__file__).resolve().parent.parent
 parser = ConfigParser(delimiters=['='])
 parser.read(root/'settings.ini', encoding='utf8')

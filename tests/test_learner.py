@@ -149,6 +149,7 @@ def test_a_redirected_log_is_plain_and_short(kind, epochs, tmp_path):
     assert [int(o.split()[1]) for o in rows] == [*range(1, epochs+1)] and all(o.endswith(' left') for o in rows[:-1])
     assert 'left' not in rows[-1]
 
+@pytest.mark.thorough
 def test_a_long_epoch_has_lines_between(tmp_path):
     """Every hundred steps: epoch, step, loss, accuracy, rate, images a second, time left, memory; none while it
     validates"""

@@ -182,6 +182,7 @@ def test_the_states_of_an_8_bit_optimizer():
 
 # ---------------------------------------------------------------- the command
 
+@pytest.mark.thorough
 def test_the_command_says_what_the_function_says(capsys, monkeypatch):
     "It asks the function, with all that the line says, and prints what that answers"
     asked,ask = [],memory_need.memory

@@ -90,7 +90,7 @@ def straight(tmp_path_factory):
 
 # ---------------------------------------------------------------- R33, R34: killed and resumed
 
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.thorough)])
 def test_R33_kill_9_and_resume_gives_the_same_bits(workers, straight, tmp_path):
     "SIGKILL at random moments, also while a state is being written, until the run gets through"
     rng,kills,orphans = random.Random(workers),0,[]
@@ -132,6 +132,7 @@ class Slow(Callback):
     def after_batch(self): time.sleep(.05)
 
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='needs /proc')
+@pytest.mark.thorough
 def test_R39_a_killed_worker_ends_the_run(tmp_path):
     "Within 30 s, by name, with the last state and checkpoint whole and no process left"
     pid = spawn(go, tmp_path, 2, None, 500, cbs=[Slow()], error=_opened(tmp_path/'error'))

@@ -81,8 +81,10 @@ def mypy(request, tmp_path_factory):
         return [o for o in run.stdout.splitlines() if ': error: ' in o]
     return check
 
+@pytest.mark.thorough
 def test_a_right_program_is_accepted(mypy): assert mypy(right) == []
 
+@pytest.mark.thorough
 def test_each_mistake_is_found(mypy):
     "One error for each wrong line, and nowhere else"
     first = right.count('\n')+1
