@@ -135,8 +135,8 @@ def test_one_image_learned_by_heart():
     x,mask = torch.full((3,64,64), .2),torch.zeros(1, 64, 64, dtype=torch.uint8)
     x[:,16:40,16:48],mask[:,16:40,16:48] = .9,1
     there = dict(boxes=torch.tensor([[16.,16.,48.,40.]]), labels=torch.tensor([2]), masks=mask)
-    opt = torch.optim.AdamW(net.parameters(), 2e-3)
-    for _ in range(40):
+    opt = torch.optim.AdamW(net.parameters(), 1e-3)   # at twice the rate one start in six has not learned it
+    for _ in range(60):
         sum(net([x], [there]).values()).backward()
         opt.step(); opt.zero_grad()
     found = net.eval()([x])[0]
