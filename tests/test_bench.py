@@ -183,14 +183,25 @@ def test_the_largest_batch_of_whom(monkeypatch):
     "Of all but compiled models, whose every size takes a compilation, and the offloaded, which would fill the computer"
     tried = []
     monkeypatch.setattr(bench, 'try_largest', lambda runner, n, memory: tried.append((runner.candidate.way, n)) or {})
-    ways = 'eager', 'offloaded', 'compiled', 'checkpointed'
-    pairs = [(dict(status='ok', largest_batch=k), SimpleNamespace(candidate=o, compiled=o.compiled))
-             for k,o in enumerate(replace(PLAIN, way=w) for w in ways)]
-    pairs += [(dict(status='failed'), None), (dict(status='ok'), pairs[0][1])]
-    bench._largest(pairs, 'cpu', 1e9, lambda: False)
+    g = group(*(replace(PLAIN, way=o) for o in ('eager','offloaded','compiled','checkpointed','eager','eager')))
+    them = [dict(status='ok', largest_batch=k) for k in range(4)]+[dict(status='failed'), dict(status='ok')]
+    bench._largest(them, g, 'cpu', 1e9, lambda: False)
     assert tried == [('eager',0), ('checkpointed',3)]
-    bench._largest(pairs, 'cpu', 1e9, lambda: True)
+    bench._largest(them, g, 'cpu', 1e9, lambda: True)
     assert len(tried) == 2
+
+@pytest.mark.parametrize('way', ['fails','does not fit'])
+def test_what_was_measured_stays_whatever_the_largest_batch_does(way, monkeypatch):
+    "A kernel that cannot count so far, a driver that gives up: the row keeps its figures, and the table says why"
+    def trap(runner, n, memory):
+        if way=='fails': raise RuntimeError('canUse32BitIndexMath')
+    monkeypatch.setattr(bench, 'try_largest', trap)
+    row = dict(name='a', status='ok', largest_batch=10**6, seconds=1., ratio=1.)
+    bench._largest([row], group(PLAIN), 'cpu', 1e9, lambda: False)
+    assert row['status'] == 'ok'
+    said = bench.table(dict(rows=[row])).loc['a']
+    why = 'canUse32BitIndexMath' if way=='fails' else 'did not fit'
+    assert said['ratio'] == '1.00' and why in said['at the largest']
 
 def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
     "What limits a process's memory wants the number"

@@ -240,7 +240,7 @@ def test_drop_path_spares_as_many_images_as_it_says(shared):
     assert abs(both/100_000-(.75 if shared else .75**2)) < .01
 
 def test_nothing_is_picked_where_drop_path_spares_all():
-    "No indices then, so that nothing is copied; those who are left are the same for a batch of any size"
+    "No indices then, so that nothing is copied"
     block,seen = ReversibleBlock(nn.Identity(), nn.Identity(), .1),[]
     for seed in range(40):
         torch.manual_seed(seed)

@@ -1,6 +1,7 @@
 """A step on CUDA makes the host wait for nothing. Here on a device that is not there (`fake_cuda.py`), which raises
 wherever a value would be read; on a real one `test_gpu.py` asks PyTorch itself, which raises at every
 synchronisation."""
+import warnings
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,7 @@ from fastai.vision.all import Callback, DataLoaders, Learner
 from torch import nn
 from torch.nn.functional import cross_entropy
 from revvit.core import self_check
+from revvit.core.state import steady
 from revvit.training.recipes import recipes
 from revvit.training.learner import learner
 from revvit.use.measures import _build
@@ -66,18 +68,35 @@ def test_attention_asks_for_its_kernel_as_when_it_is_repeated():
     "With a graph both times: without one cuDNN, for one, plans another kernel, whose result may have other bits"
     assert len(set(step(STEPS['lean'], rate=0).softmax)) == 1
 
+@pytest.mark.parametrize('stored', [None, 'kept', 'hooked'])
 @pytest.mark.parametrize('make', [STEPS[o] for o in ('sequence','tail','images')], ids=['sequence','tail','images'])
-def test_cudnn_holds_no_races_meanwhile(make, monkeypatch):
-    "With benchmark=True it times kernels once in each thread: the repetition, in another, could be given other ones"
-    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', True)
+def test_cudnn_tunes_nothing_meanwhile(make, stored, monkeypatch):
+    """With benchmark=True it times kernels once in each thread: the repetition, in another, could be given other ones;
+    what it chose before is found again unless `deterministic` differs. Stored blocks between rebuilt ones are no
+    exception: theirs would be found by the rebuilt ones"""
+    flags = torch.backends.cudnn
+    monkeypatch.setattr(flags, 'benchmark', True)
+    monkeypatch.setattr(flags, 'deterministic', False)
     seen = []
-    def note(*args): seen.append((torch.is_grad_enabled(),torch.backends.cudnn.benchmark))
+    def note(*args): seen.append((torch.is_grad_enabled(),flags.benchmark,flags.deterministic))
     def listen(m):
         halves = [o for b in m.modules() if isinstance(b, ReversibleBlock) for o in (b.f,b.g)]
         for o in halves+[o for o in m.modules() if isinstance(o, Fuse)]: o.register_forward_pre_hook(note)
-    step(make, change=listen)
-    assert torch.backends.cudnn.benchmark
-    assert {g for g,_ in seen}=={False,True} and not any(on for _,on in seen)   # forwards, and repeated with a graph
+        if stored=='kept':
+            for o in m.modules():
+                if isinstance(o, ReversibleSequence): o.set_reversible(keep=.5, exact=True)
+        if stored=='hooked': blocks_of(m)[0].register_forward_hook(lambda *args: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')   # what the hooked block stores
+        step(make, change=listen)
+    assert (flags.benchmark,flags.deterministic)==(True,False)
+    assert {g for g,*_ in seen}=={False,True}   # forwards, and repeated with a graph
+    assert not any(tunes for _,tunes,_ in seen) and all(other for *_,other in seen)
+
+def test_flags_that_may_not_be_set_are_left(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', True)
+    monkeypatch.setattr(torch.backends, 'flags_frozen', lambda: True)
+    with steady(torch.device('cuda')): assert torch.backends.cudnn.benchmark
 
 def test_a_step_leaves_nothing_behind():
     "Real self-checks afterwards are heard, and compare real numbers"
@@ -89,7 +108,7 @@ def test_a_step_leaves_nothing_behind():
 
 @pytest.mark.parametrize('name,args', [('vit_tiny_patch16_224', dict(depth=1, drop_path_rate=.1)),
     ('revvit_tiny_patch16_224', dict(depth=2, drop_path_rate=.1)), ('revmvit_base_224', dict(drop_path_rate=.1)),
-    ('revmvit_base_16x4_224', {})])
+    ('revmvit_base_16x4_224', {}), ('mvitv2_base', dict(drop_path_rate=.1))])
 def test_models_can_be_made_there(name, args):
     "Every weight is drawn on the device, as the benchmark does"
     with fake_cuda():

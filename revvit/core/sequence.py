@@ -89,7 +89,7 @@ def _rebuilt(self:ReversibleSequence, blocks, x1, x2, tail, tape, x2_of, context
     def calls(x):
         for i,b in blocks: yield *b.calls(i, x, chunk, for_block(context, i) if context else None, **own),i in x2_of
     def last(x): return make_call(tail, 'the tail', x, self.chunk or tail_chunk_size(x))
-    with steady(x1.device): return run_in_place(x1, x2, tape, calls, None if tail is None else last)
+    return run_in_place(x1, x2, tape, calls, None if tail is None else last)
 
 # %% ../../nbs/core/07_sequence.ipynb #5aa6fe02
 @patch
@@ -100,22 +100,23 @@ def _reverse(self:ReversibleSequence, x1, x2, tail, exact, context):
     if self.near is not None and not exact:
         grid(x1.dtype)   # a sentence, where there is none
         raise ValueError(_OFF_GRID)
-    plan,n = self.plan(x1, **context),len(self)
+    with steady(x1.device): plan,n = self.plan(x1, **context),len(self)
     numbered = ((why_stored(b) or (_KEPT if i<plan.whole else None),(i,b)) for i,b in enumerate(self))
     runs = [(why,[o for _,o in g]) for why,g in groupby(numbered, lambda o: o[0])]
     if tail is not None and (not runs or runs[-1][0]): runs.append((None,[]))
     fresh,params,out,amp,last = [],[],(x1,x2),amp_dtype(x1.device),len(runs)-1
     first_back = max((k for k,(why,_) in enumerate(runs) if why is None), default=None)
-    for k,(why,blocks) in enumerate(runs):
-        if why is None:
-            name = _span(blocks) + (f' of {self.name}' if self.name else '')
-            tape = Tape(name, exact and bool(blocks), amp, fresh, params, k==first_back)
-            out = self._rebuilt(blocks, *out, tail if k==last else None, tape, range(n-plan.x2, n), context)
-        elif why is _KEPT: out = self._run_plainly(blocks, *out, exact, context)
-        else:
-            with by_sequence():
-                for i,b in blocks: out = run_stored(b, f'block {i}', why, out, for_block(context, i)|self._own())
-            params += [p for _,b in blocks for p in b.parameters()]
+    with steady(x1.device):
+        for k,(why,blocks) in enumerate(runs):
+            if why is None:
+                name = _span(blocks) + (f' of {self.name}' if self.name else '')
+                tape = Tape(name, exact and bool(blocks), amp, fresh, params, k==first_back)
+                out = self._rebuilt(blocks, *out, tail if k==last else None, tape, range(n-plan.x2, n), context)
+            elif why is _KEPT: out = self._run_plainly(blocks, *out, exact, context)
+            else:
+                with by_sequence():
+                    for i,b in blocks: out = run_stored(b, f'block {i}', why, out, for_block(context, i)|self._own())
+                params += [p for _,b in blocks for p in b.parameters()]
     return out
 
 # %% ../../nbs/core/07_sequence.ipynb #f7063b43

@@ -209,15 +209,18 @@ def same_autocast(
 # %% ../../nbs/core/02_state.ipynb #5e2d0a12
 @contextmanager
 def _untimed():
-    torch.backends.cudnn.benchmark = False
+    flags = torch.backends.cudnn
+    was = flags.benchmark,flags.deterministic
+    flags.benchmark,flags.deterministic = False,True
     try: yield
-    finally: torch.backends.cudnn.benchmark = True
+    finally: flags.benchmark,flags.deterministic = was
 
 def steady(
     device:torch.device, # Where a computation runs that will be repeated
 ): # A context
-    "Let cuDNN choose kernels by its rules, not by a race"
-    return _untimed() if device.type=='cuda' and torch.backends.cudnn.benchmark else nullcontext()
+    "Let cuDNN choose kernels by its rules, not by their times"
+    tuned = device.type=='cuda' and torch.backends.cudnn.benchmark and not torch.backends.flags_frozen()
+    return _untimed() if tuned else nullcontext()
 
 # %% ../../nbs/core/02_state.ipynb #eab14695
 def _state(t):

@@ -52,12 +52,14 @@ def _alone(row, runner, judges, memory):
         if key not in judges: judges[key] = exact_gradients(runner)
         row['gradient_error'] = gradient_error(runner, judges[key])
 
-def _largest(pairs, device, memory, late):
-    "Run the largest batch of each candidate, if that says something new"
-    for row,runner in pairs:
-        if late() or row['status']!='ok' or runner.compiled or 'largest_batch' not in row: continue
-        if runner.candidate.way=='offloaded': continue   # it would fill the computer's memory
-        row['tried'] = _attempt(row, lambda: try_largest(runner, row['largest_batch'], memory), device)
+def _largest(rows, group, device, memory, late):
+    "Run the largest batch of each candidate, alone on the device, if that says something new"
+    for row,c in zip(rows, group.candidates):
+        if late() or row['status']!='ok' or c.compiled or 'largest_batch' not in row: continue
+        if c.way=='offloaded': continue   # it would fill the computer's memory
+        try: row['tried'] = try_largest(Runner(c, group, device), row['largest_batch'], memory)
+        except Exception as e: row['not_tried'] = f"{type(e).__name__}: {e}"[:300]   # what was measured stays
+        clean(device)
 
 # %% ../../nbs/use/43_benchmark.ipynb #bd4e61dd
 def _rounds(pairs, group, device, late):
@@ -92,7 +94,7 @@ def run_group(
     late=lambda: False, # Whether the time for the whole run is over
 )->dict: # The group's own settings, and `rows`, one for each candidate
     "Measure the candidates of a group"
-    cs,judges = group.candidates,{}
+    cs,judges,device = group.candidates,{},measurable_device(device)
     pairs = [None]*len(cs)
     for k in sorted(range(len(cs)), key=lambda k: cs[k].compiled):   # a compilation may take a minute: those last
         none = dict(asdict(cs[k]), status='not run', why='the time for this run was over'),None
@@ -100,12 +102,12 @@ def run_group(
         if runner: _attempt(row, lambda: _alone(row, runner, judges, memory), device)
     judges.clear()
     if 'time' in group.measures or 'host' in group.measures: _timed(pairs, group, device, late)
-    if 'largest' in group.measures and torch.device(device).type=='cuda': _largest(pairs, device, memory, late)
     rows = [row for row,_ in pairs]
     compiled = any(r and r.compiled for _,r in pairs)
     del pairs,runner
     if compiled: torch._dynamo.reset()
     clean(device)
+    if 'largest' in group.measures and device.type=='cuda': _largest(rows, group, device, memory, late)
     return dict({k: v for k,v in asdict(group).items() if k!='candidates'}, rows=rows)
 
 # %% ../../nbs/use/43_benchmark.ipynb #82e8b9ea
@@ -173,6 +175,10 @@ def benchmark(
 def _span(v): return '' if v is None else f'{v*1e3:.3g} ms' if v<1 else f'{v:.3g} s'
 def _megabytes(v): return '' if v is None else f'{v/1e6:,.2f}' if v<1e8 else f'{v/1e6:,.0f}'
 def _count(v): return '' if v is None else f'{v:,}'
+def _at_largest(row):
+    t = row.get('tried')
+    if t: return f"{t['batch_size']}: {t['images_per_second']:.3g} images/s"
+    return row.get('not_tried', 'did not fit' if 'tried' in row else '')
 
 _columns = {'step': ('seconds', _span), 'ratio': ('ratio', '{:.2f}'.format),
     'images/s': ('images_per_second', '{:.3g}'.format), 'operations': ('operations', _count),
@@ -188,8 +194,7 @@ def table(
     import pandas as pd
     rows = group['rows']
     cols = {k: ['' if r.get(f) is None else fmt(r[f]) for r in rows] for k,(f,fmt) in _columns.items()}
-    tried = [r.get('tried') for r in rows]
-    cols['at the largest'] = [f"{t['batch_size']}: {t['images_per_second']:.3g} images/s" if t else '' for t in tried]
+    cols['at the largest'] = [_at_largest(r) for r in rows]
     cols['why not'] = [f"{r['status']}: {r['why']}" if r['status']!='ok' else '' for r in rows]
     return pd.DataFrame({k: v for k,v in cols.items() if any(v)}, index=[r['name'] for r in rows])
 

@@ -200,7 +200,8 @@ def try_largest(
 )->dict|None: # batch_size, seconds, images_per_second, allocated, reserved; None if nothing fitted
     "Run the largest batch within `memory`"
     device,P,B = runner.device,runner.parameters,runner.group.batch_size
-    n = min(n, int(seconds*B/step_seconds(runner, *runner.batch(B))))
+    for _ in range(2): each = step_seconds(runner, *runner.batch(B))/B   # the first warms up
+    n = min(n, int(seconds/each))
     others = torch.cuda.memory_allocated(device)-8*P
     share = (memory-8*P+others)/torch.cuda.get_device_properties(device).total_memory
     clean(device)
@@ -279,7 +280,7 @@ def step_seconds(
     y:torch.Tensor, # Labels
     steps:int=1, # Averaged
 )->float: # Seconds a step
-    "CPU seconds of the process on a CPU, seconds of the device on CUDA"
+    "CPU seconds of the process on a CPU; seconds of the device on CUDA, random numbers from one seed"
     if runner.device.type!='cuda': return host_seconds(runner, x, y, steps)
     torch.manual_seed(1)   # drop path spares as many as in the warm-up: for other numbers attention is planned anew
     a,b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
