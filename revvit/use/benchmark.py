@@ -94,7 +94,7 @@ def run_group(
     late=lambda: False, # Whether the time for the whole run is over
 )->dict: # The group's own settings, and `rows`, one for each candidate
     "Measure the candidates of a group"
-    cs,judges,device = group.candidates,{},measurable_device(device)
+    cs,judges,device = group.candidates,{},pick_device(device)
     pairs = [None]*len(cs)
     for k in sorted(range(len(cs)), key=lambda k: cs[k].compiled):   # a compilation may take a minute: those last
         none = dict(asdict(cs[k]), status='not run', why='the time for this run was over'),None
