@@ -11,12 +11,12 @@ gc.disable()   # nothing is garbage while modules are imported and tests collect
 
 def pytest_addoption(parser):
     parser.addoption('--cases', choices=['some','others','all'], help="some: a quarter of the cases of each large "
-        "matrix, and nothing that is marked thorough; others: what that leaves out; all (default: some, but all where "
-        "files, tests or -k are given, and on a GPU)")
+        "matrix, and nothing marked thorough; others: what that leaves out; all. Without it some, but all where "
+        "files, tests, -k or --lf are given, and on a GPU")
 
 def pytest_configure(config):
     name,option = os.environ.get('REVVIT_DEVICE'),config.option
-    named = config.args_source==config.ArgsSource.ARGS or option.keyword
+    named = config.args_source==config.ArgsSource.ARGS or option.keyword or getattr(option, 'lf', False)
     if option.cases is None: option.cases = 'all' if named or name else 'some'   # workers get it from here
     if not name: return
     from revvit.core.device import pick_device

@@ -1,8 +1,8 @@
 """What `pytest` asks by itself, and what it leaves for `pytest --cases others`.
 
 A matrix of promises by models by modes by precisions takes long, and its cases fail together more often than alone. So
-a run of the whole suite asks a quarter of each, and leaves out what is marked `thorough`, whose promise another test
-holds too; CI asks the others in a step of their own. What is named (a file, a test, `-k`) is asked whole, and so is
+a run of the whole suite asks a quarter of each, and leaves out what is marked `thorough`, tests of some ten seconds
+each; CI asks the others in a step of their own. What is named (a file, a test, `-k`, `--lf`) is asked whole, and so is
 all that runs on a GPU."""
 from collections import defaultdict
 from math import ceil
