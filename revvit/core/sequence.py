@@ -100,13 +100,13 @@ def _reverse(self:ReversibleSequence, x1, x2, tail, exact, context):
     if self.near is not None and not exact:
         grid(x1.dtype)   # a sentence, where there is none
         raise ValueError(_OFF_GRID)
-    with steady(x1.device): plan,n = self.plan(x1, **context),len(self)
-    numbered = ((why_stored(b) or (_KEPT if i<plan.whole else None),(i,b)) for i,b in enumerate(self))
-    runs = [(why,[o for _,o in g]) for why,g in groupby(numbered, lambda o: o[0])]
-    if tail is not None and (not runs or runs[-1][0]): runs.append((None,[]))
-    fresh,params,out,amp,last = [],[],(x1,x2),amp_dtype(x1.device),len(runs)-1
-    first_back = max((k for k,(why,_) in enumerate(runs) if why is None), default=None)
     with steady(x1.device):
+        plan,n = self.plan(x1, **context),len(self)
+        numbered = ((why_stored(b) or (_KEPT if i<plan.whole else None),(i,b)) for i,b in enumerate(self))
+        runs = [(why,[o for _,o in g]) for why,g in groupby(numbered, lambda o: o[0])]
+        if tail is not None and (not runs or runs[-1][0]): runs.append((None,[]))
+        fresh,params,out,amp,last = [],[],(x1,x2),amp_dtype(x1.device),len(runs)-1
+        first_back = max((k for k,(why,_) in enumerate(runs) if why is None), default=None)
         for k,(why,blocks) in enumerate(runs):
             if why is None:
                 name = _span(blocks) + (f' of {self.name}' if self.name else '')

@@ -121,7 +121,6 @@ class Resizable(nn.Module):
         if hasattr(e, 'num_patches'): e.num_patches = new[0]*new[1]
         self.model_args['img_size'] = size
 
-
 # %% ../../nbs/models/13_zoo.ipynb #481dd447
 register_notrace_module(ReversibleSequence)
 

@@ -20,14 +20,15 @@ from .measures import (Candidate, Group, Runner, clean, exact_gradients, fits, g
                                  lines_of, memory_of, operations, step_seconds, try_largest)
 
 # %% ../../nbs/use/43_benchmark.ipynb #197b7263
+def _why(e):
+    "An error in one line"
+    return ' '.join((out_of_memory(e) or f"{type(e).__name__}: {e}").split())[:300]
+
 def _attempt(row, fn, device='cpu'):
     "`fn()`, or None with the reason in `row`; nothing more is tried after a failure"
     if row['status']!='ok': return
     try: return fn()
-    except Exception as e:
-        full = out_of_memory(e)
-        said = full or f"{type(e).__name__}: {e}"
-        row |= dict(status='out of memory' if full else 'failed', why=' '.join(said.split())[:300])
+    except Exception as e: row |= dict(status='out of memory' if out_of_memory(e) else 'failed', why=_why(e))
     finally:
         if row['status']!='ok': clean(device)
 
@@ -58,7 +59,7 @@ def _largest(rows, group, device, memory, late):
         if late() or row['status']!='ok' or c.compiled or 'largest_batch' not in row: continue
         if c.way=='offloaded': continue   # it would fill the computer's memory
         try: row['tried'] = try_largest(Runner(c, group, device), row['largest_batch'], memory)
-        except Exception as e: row['not_tried'] = f"{type(e).__name__}: {e}"[:300]   # what was measured stays
+        except Exception as e: row['not_tried'] = _why(e)   # what was measured stays
         clean(device)
 
 # %% ../../nbs/use/43_benchmark.ipynb #bd4e61dd
