@@ -200,8 +200,8 @@ def distance(got, want, zeros=False):
         if (g is None)!=(w is None): return f"{k} is {'None' if g is None else 'there'}",float('inf')
         if g is None: continue
         if g.shape!=w.shape: return f'{k} is {tuple(g.shape)}',float('inf')
-        n,d = max(float(w.detach().double().norm()),
-                  0. if k.startswith('output') else floor),float((g.double()-w.double()).norm())
+        g,w = g.detach().double(),w.detach().double()
+        n,d = max(float(w.norm()), 0. if k.startswith('output') else floor),float((g-w).norm())
         e = d/n if n else (0. if d==0 else float('inf'))
         if not e<=worst[1]: worst = (k, e if e==e else float('inf'))
     return worst
