@@ -4,7 +4,7 @@ from configparser import ConfigParser
 from importlib import import_module
 from pathlib import Path
 
-import pytest
+import pytest, yaml
 import revvit
 
 pytestmark = pytest.mark.every_case   # they are quick, and each is of another file
@@ -111,6 +111,12 @@ def test_notebook_as_read_on_the_web(path):
     words = re.sub(r'"image/png": "[^"]*"', '', text) # without pictures, whose letters spell anything
     assert not re.findall(r'(?:/(?:home|root|tmp|Users|work|private)/|[A-Z]:\\\\Users)\w*', words)
     assert len(text) < 300_000, f'{len(text)/1000:.0f} kB'
+
+@pytest.mark.parametrize('path', notebooks, ids=name)
+def test_quarto_reads_the_options_of_cells(path):
+    "Each is a line of YAML, in which a colon and a space begin a value"
+    for src,_ in cells(path, 'code'):
+        for line in re.findall(r'^#\|\s*([\w-]+\s*:.*)', src, re.M): assert len(yaml.safe_load(line)) == 1
 
 @pytest.mark.parametrize('path', numbered, ids=name)
 def test_exported_cells_are_short(path):

@@ -156,7 +156,7 @@ def draw_scene(
     sure = [k for k in range(len(there['boxes'])) if scores is None or scores[k]>=limit]
     if not sure: return im
     labels,masks = there['labels'][sure].tolist(),there.get('masks')
-    names = [vocab[i-1]+('' if scores is None else f' {scores[k]:.2f}') for i,k in zip(labels, sure)]
+    names = [vocab[i-1]+('' if scores is None else f': {scores[k]:.2f}') for i,k in zip(labels, sure)]
     colors = [_COLORS[i%len(_COLORS)] for i in labels]
     if masks is not None:
         drawn = masks[sure].cpu().view(len(sure), *x.shape[1:])>.5   # a detector's are probabilities

@@ -174,7 +174,9 @@ def benchmark(
 
 # %% ../../nbs/use/43_benchmark.ipynb #e6a554b7
 def _span(v): return '' if v is None else f'{v*1e3:.3g} ms' if v<1 else f'{v:.3g} s'
-def _megabytes(v): return '' if v is None else f'{v/1e6:,.2f}' if v<1e8 else f'{v/1e6:,.0f}'
+def _megabytes(v):
+    if v is None: return ''
+    return f'{v/1e6:.2g}' if v<1e4 else f'{v/1e6:,.2f}' if v<1e8 else f'{v/1e6:,.0f}'
 def _count(v): return '' if v is None else f'{v:,}'
 def _at_largest(row):
     t = row.get('tried')
@@ -232,14 +234,19 @@ def plot_group(
         if r.get('ratio') is None or r.get('per_image') is None: continue
         ours = r['model'].startswith('rev')
         ax.plot(r['ratio'], r['per_image']/1e6, 'o' if ours else 's', color='C0' if ours else 'C1')
-        ax.annotate(r['name'].split(', ')[-1], (r['ratio'], r['per_image']/1e6), xytext=(3,4),
-            textcoords='offset points', fontsize=8, rotation=40)
+        where = dict(xytext=(-3,-4), ha='right', va='top') if ours else dict(xytext=(3,4))
+        ax.annotate(r['name'].split(', ')[-1], (r['ratio'], r['per_image']/1e6), **where,
+            textcoords='offset points', fontsize=8, rotation=30)
     ax.set(xlabel="time of a step over the first row's", ylabel='peak MB per image', yscale='log', title=group['title'])
     ax.yaxis.set_major_formatter('{x:g}')
     ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.2,.5)))   # a few, where there is room
     ax.tick_params(which='minor', labelsize=6)
     ax.title.set_fontsize(9)
-    ax.margins(x=.25, y=.3)
+    ax.margins(x=.25, y=.45)
+    # ticks of less than a decade, or of less than a fifth of the time, would all read alike
+    (left,right),(low,high) = ax.get_xlim(),ax.get_ylim()
+    beside,above = max(0, .2-(right-left))/2,max(1, 10*low/high)**.5
+    ax.set(xlim=(left-beside, right+beside), ylim=(low/above, high*above))
     return ax
 
 # %% ../../nbs/use/43_benchmark.ipynb #c40584c0
