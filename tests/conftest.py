@@ -12,12 +12,16 @@ gc.disable()   # nothing is garbage while modules are imported and tests collect
 def pytest_addoption(parser):
     parser.addoption('--cases', choices=['some','others','all'], help="some: a quarter of the cases of each large "
         "matrix, and nothing marked thorough; others: what that leaves out; all. Without it some, but all where "
-        "files, tests, -k or --lf are given, and on a GPU")
+        "files, tests, -k, -m thorough, --lf, --ff or --sw are given, and on a GPU")
+
+def is_named(config):
+    "Does the command say which tests it wants?"
+    wishes = (getattr(config.option, o, None) for o in ('keyword','lf','failedfirst','stepwise'))
+    return config.args_source==config.ArgsSource.ARGS or any(wishes) or 'thorough' in config.option.markexpr
 
 def pytest_configure(config):
     name,option = os.environ.get('REVVIT_DEVICE'),config.option
-    named = config.args_source==config.ArgsSource.ARGS or option.keyword or getattr(option, 'lf', False)
-    if option.cases is None: option.cases = 'all' if named or name else 'some'   # workers get it from here
+    if option.cases is None: option.cases = 'all' if is_named(config) or name else 'some'   # workers get it from here
     if not name: return
     from revvit.core.device import pick_device
     try: pick_device(name)

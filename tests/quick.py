@@ -2,8 +2,8 @@
 
 A matrix of promises by models by modes by precisions takes long, and its cases fail together more often than alone. So
 a run of the whole suite asks a quarter of each, and leaves out what is marked `thorough`, tests of some ten seconds
-each; CI asks the others in a step of their own. What is named (a file, a test, `-k`, `--lf`) is asked whole, and so is
-all that runs on a GPU."""
+each; CI asks the others in a step of their own. What is named (a file, a test, `-k`, `--lf` and such) is asked
+whole, and so is all that runs on a GPU."""
 from collections import defaultdict
 from math import ceil
 from zlib import crc32

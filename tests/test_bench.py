@@ -179,6 +179,19 @@ def test_the_largest_batch_is_run(monkeypatch, fits, n, want):
     assert limits == [.42, 1.]   # 8 bytes a weight are there already
     assert res is None if want is None else (res['batch_size'], res['images_per_second']) == (want, pytest.approx(100))
 
+def test_where_none_fits_none_is_run(monkeypatch):
+    limits = on_a_gpu(monkeypatch, lambda n: None)
+    assert measures.try_largest(RUNNER, 0, 50.) is None and not limits
+
+def test_no_batch_is_run_twice(monkeypatch):
+    "Nine tenths of two are one, and so are eight"
+    asked = []
+    def step(n):
+        asked.append(n)
+        raise torch.OutOfMemoryError('CUDA out of memory')
+    on_a_gpu(monkeypatch, step)
+    assert measures.try_largest(RUNNER, 2, 50.) is None and asked == [2,1]
+
 def test_the_largest_batch_of_whom(monkeypatch):
     "Of all but compiled models, whose every size takes a compilation, and the offloaded, which would fill the computer"
     tried = []
@@ -189,6 +202,16 @@ def test_the_largest_batch_of_whom(monkeypatch):
     assert tried == [('eager',0), ('checkpointed',3)]
     bench._largest(them, g, 'cpu', 1e9, lambda: True)
     assert len(tried) == 2
+
+@pytest.mark.parametrize('largest', [True,False])
+def test_a_device_that_answers_no_more_costs_no_other_row(largest, monkeypatch):
+    "After some errors of a driver all that is asked of it fails, tidying up too"
+    def gone(*args): raise RuntimeError('CUDA error: an illegal memory access was encountered')
+    for o in ('clean','try_largest'): monkeypatch.setattr(bench, o, gone)
+    row = dict(name='a', status='ok', largest_batch=9)
+    if largest: bench._largest([row], group(PLAIN), 'cpu', 1e9, lambda: False)
+    else: assert bench._attempt(row, gone) is None
+    assert 'illegal memory access' in row['not_tried' if largest else 'why']
 
 @pytest.mark.parametrize('way', ['fails','does not fit'])
 def test_what_was_measured_stays_whatever_the_largest_batch_does(way, monkeypatch):

@@ -1,5 +1,5 @@
 "Which cases a run of the whole suite asks: each test, and of each large matrix a quarter"
-import os, re
+import os, re, shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,3 +48,22 @@ def test_both_runs_ask_everything_once(warm):
     assert sorted(some+others)==sorted(whole) and len(some) < len(others)
     tests = lambda names: {re.sub(r'\[.*', '', o) for o in names}
     assert tests(some)==tests(whole)
+
+MATRIX = """import pytest
+@pytest.mark.parametrize('i', range(12))
+def test_f(i): assert False
+@pytest.mark.thorough
+def test_g(): assert False
+"""
+
+@pytest.mark.parametrize('words,asked', [('', 3), ('-k f', 12), ('test_matrix.py', 13), ('-m thorough', 1),
+    ('--cases others', 10), ('--cases all', 13), ('--lf', 13), ('--ff', 13), ('--cases some test_matrix.py', 3)])
+def test_what_a_command_asks(words, asked, tmp_path, warm):
+    "A bare one a quarter, one that names something all of it; each says how many it leaves"
+    for o in ('conftest','quick','warm'): shutil.copy(root/f'tests/{o}.py', tmp_path)
+    (tmp_path/'test_matrix.py').write_text(MATRIX)
+    args = ['-q','-W','ignore',*words.split()]
+    env = {k: v for k,v in os.environ.items() if k not in ('REVVIT_DEVICE','PYTEST_ADDOPTS')}
+    o = warm.run(['-c', f'import pytest; raise SystemExit(pytest.main({args}))'], tmp_path, env)
+    left = f', {13-asked} deselected' if asked<13 else ''
+    assert f'{asked} failed{left} in' in o.stdout, o.stdout+o.stderr

@@ -93,10 +93,45 @@ def test_cudnn_tunes_nothing_meanwhile(make, stored, monkeypatch):
     assert {g for g,*_ in seen}=={False,True}   # forwards, and repeated with a graph
     assert not any(tunes for _,tunes,_ in seen) and all(other for *_,other in seen)
 
-def test_flags_that_may_not_be_set_are_left(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', True)
+@pytest.fixture
+def flags(monkeypatch):
+    "cuDNN's, to be changed at will"
+    o = torch.backends.cudnn
+    for k in ('benchmark','deterministic'): monkeypatch.setattr(o, k, getattr(o, k))
+    return o
+
+def both(flags): return flags.benchmark,flags.deterministic
+
+@pytest.mark.parametrize('was', [(True,False), (True,True)])
+def test_flags_come_back_whatever_happens(flags, was):
+    flags.benchmark,flags.deterministic = was
+    with pytest.raises(ZeroDivisionError), steady(torch.device('cuda')):
+        assert both(flags)==(False,True)
+        1/0
+    assert both(flags)==was
+
+def test_flags_are_those_of_all_runs_at_a_time(flags):
+    "In threads of several devices one run may begin within another and end after it"
+    flags.benchmark,flags.deterministic = True,False
+    a = steady(torch.device('cuda'))
+    a.__enter__()
+    with steady(torch.device('cuda')): pass
+    b = steady(torch.device('cuda', 1))
+    b.__enter__()
+    a.__exit__(None, None, None)
+    assert both(flags)==(False,True)
+    b.__exit__(None, None, None)
+    assert both(flags)==(True,False)
+
+@pytest.mark.parametrize('device', ['cpu','cuda'])
+def test_flags_stay_where_nothing_is_tuned(flags, device):
+    flags.benchmark,flags.deterministic = device=='cpu',False
+    with steady(torch.device(device)): assert both(flags)==(device=='cpu',False)
+
+def test_flags_that_may_not_be_set_are_left(flags, monkeypatch):
+    flags.benchmark = True
     monkeypatch.setattr(torch.backends, 'flags_frozen', lambda: True)
-    with steady(torch.device('cuda')): assert torch.backends.cudnn.benchmark
+    with steady(torch.device('cuda')): assert flags.benchmark
 
 def test_a_step_leaves_nothing_behind():
     "Real self-checks afterwards are heard, and compare real numbers"

@@ -9,7 +9,7 @@ __all__ = ['graph_task', 'keeps_graph', 'fused_sdp_choice', 'private', 'is_batch
            'path_in', 'Record']
 
 # %% ../../nbs/core/02_state.ipynb #0a91b88a
-import gc, torch, weakref
+import gc, threading, torch, weakref
 from weakref import WeakSet
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -207,20 +207,27 @@ def same_autocast(
     return partial(torch.autocast, t, torch.get_autocast_dtype(t), torch.is_autocast_enabled(t), False)
 
 # %% ../../nbs/core/02_state.ipynb #5e2d0a12
+_before,_changing = [],threading.Lock()   # the flags of others, once for each run that is within, in any thread
+
 @contextmanager
 def _untimed():
+    "Until the last run has left"
     flags = torch.backends.cudnn
-    was = flags.benchmark,flags.deterministic
-    flags.benchmark,flags.deterministic = False,True
+    with _changing:
+        _before.append(_before[0] if _before else (flags.benchmark,flags.deterministic))
+        flags.benchmark,flags.deterministic = False,True
     try: yield
-    finally: flags.benchmark,flags.deterministic = was
+    finally:
+        with _changing:
+            was = _before.pop()
+            if not _before: flags.benchmark,flags.deterministic = was
 
 def steady(
     device:torch.device, # Where a computation runs that will be repeated
 ): # A context
     "Let cuDNN choose kernels by its rules, not by their times"
-    tuned = device.type=='cuda' and torch.backends.cudnn.benchmark and not torch.backends.flags_frozen()
-    return _untimed() if tuned else nullcontext()
+    if device.type!='cuda' or torch.backends.flags_frozen(): return nullcontext()
+    return _untimed() if _before or torch.backends.cudnn.benchmark else nullcontext()
 
 # %% ../../nbs/core/02_state.ipynb #eab14695
 def _state(t):

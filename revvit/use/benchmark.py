@@ -8,6 +8,7 @@ __all__ = ['run_group', 'describe', 'measurable_device', 'benchmark', 'table', '
 
 # %% ../../nbs/use/43_benchmark.ipynb #69068e74
 import gc, math, os, platform, statistics, time
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
 from json import loads
@@ -24,13 +25,16 @@ def _why(e):
     "An error in one line"
     return ' '.join((out_of_memory(e) or f"{type(e).__name__}: {e}").split())[:300]
 
+def _tidy(device):
+    "`clean`, if the device still answers: after some errors nothing on it works any more"
+    with suppress(RuntimeError): clean(device)
+
 def _attempt(row, fn, device='cpu'):
     "`fn()`, or None with the reason in `row`; nothing more is tried after a failure"
     if row['status']!='ok': return
     try: return fn()
     except Exception as e: row |= dict(status='out of memory' if out_of_memory(e) else 'failed', why=_why(e))
-    finally:
-        if row['status']!='ok': clean(device)
+    _tidy(device)
 
 # %% ../../nbs/use/43_benchmark.ipynb #e792920a
 def _start(c, group, device):
@@ -60,7 +64,7 @@ def _largest(rows, group, device, memory, late):
         if c.way=='offloaded': continue   # it would fill the computer's memory
         try: row['tried'] = try_largest(Runner(c, group, device), row['largest_batch'], memory)
         except Exception as e: row['not_tried'] = _why(e)   # what was measured stays
-        clean(device)
+        _tidy(device)
 
 # %% ../../nbs/use/43_benchmark.ipynb #bd4e61dd
 def _rounds(pairs, group, device, late):
@@ -107,7 +111,7 @@ def run_group(
     compiled = any(r and r.compiled for _,r in pairs)
     del pairs,runner
     if compiled: torch._dynamo.reset()
-    clean(device)
+    _tidy(device)
     if 'largest' in group.measures and device.type=='cuda': _largest(rows, group, device, memory, late)
     return dict({k: v for k,v in asdict(group).items() if k!='candidates'}, rows=rows)
 

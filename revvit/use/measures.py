@@ -199,6 +199,7 @@ def try_largest(
     seconds:float=3., # That a step of it may take
 )->dict|None: # batch_size, seconds, images_per_second, allocated, reserved; None if nothing fitted
     "Run the largest batch within `memory`"
+    if n<1: return
     device,P,B = runner.device,runner.parameters,runner.group.batch_size
     for _ in range(2): each = step_seconds(runner, *runner.batch(B))/B   # the first warms up
     n = min(n, int(seconds/each))
@@ -207,8 +208,7 @@ def try_largest(
     clean(device)
     torch.cuda.set_per_process_memory_fraction(min(1., share), device)
     try:
-        for k in (10, 9, 8):
-            b = max(1, n*k//10)
+        for b in sorted({max(1, n*k//10) for k in (10,9,8)}, reverse=True):
             try: return dict(batch_size=b, **_measured(runner, b))
             except RuntimeError as e:
                 if not out_of_memory(e): raise
@@ -285,8 +285,9 @@ def step_seconds(
     torch.manual_seed(1)   # drop path spares as many as in the warm-up: for other numbers attention is planned anew
     a,b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(runner.device)
-    a.record()
+    stream = torch.cuda.current_stream(runner.device)   # the current device may be another one
+    a.record(stream)
     for _ in range(steps): runner.step(x, y)
-    b.record()
+    b.record(stream)
     b.synchronize()
     return a.elapsed_time(b)/1000/steps
