@@ -40,7 +40,7 @@ def differing(path):
     for o in cells: o.outputs = []
     with working_directory(path.parent): CaptureShell(path).run_all(nb, exc_stop=True, preproc=skip)
     pairs = [(o.id, was, words(o.outputs)) for o,was in zip(cells, stored)]
-    return [f"{path.relative_to(root)}, cell {i}: stored {was!r}, now {now!r}" for i,was,now in pairs if was!=now]
+    return [f"{path.name}, cell {i}: stored {was!r}, now {now!r}" for i,was,now in pairs if was!=now]
 
 if __name__ == '__main__':
     sys.path.insert(0, str(root))
