@@ -62,8 +62,9 @@ def _largest(rows, group, device, memory, late):
     for row,c in zip(rows, group.candidates):
         if late() or row['status']!='ok' or c.compiled or 'largest_batch' not in row: continue
         if c.way=='offloaded': continue   # it would fill the computer's memory
-        try: row['tried'] = try_largest(Runner(c, group, device), row['largest_batch'], memory)
-        except Exception as e: row['not_tried'] = _why(e)   # what was measured stays
+        try: found = try_largest(Runner(c, group, device), row['largest_batch'], memory)
+        except Exception as e: found = dict(why=_why(e))   # what was measured stays
+        row['tried'] = found or dict(why='did not fit')
         _tidy(device)
 
 # %% ../../nbs/use/43_benchmark.ipynb #bd4e61dd
@@ -183,9 +184,8 @@ def _megabytes(v):
     return f'{v/1e6:.2g}' if v<1e4 else f'{v/1e6:,.2f}' if v<1e8 else f'{v/1e6:,.0f}'
 def _count(v): return '' if v is None else f'{v:,}'
 def _at_largest(row):
-    t = row.get('tried')
-    if t: return f"{t['batch_size']}: {t['images_per_second']:.3g} images/s"
-    return row.get('not_tried', 'did not fit' if 'tried' in row else '')
+    t = row.get('tried', dict(why=''))
+    return t['why'] if 'why' in t else f"{t['batch_size']}: {t['images_per_second']:.3g} images/s"
 
 _columns = {'step': ('seconds', _span), 'ratio': ('ratio', '{:.2f}'.format),
     'images/s': ('images_per_second', '{:.3g}'.format), 'operations': ('operations', _count),
