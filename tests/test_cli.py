@@ -226,7 +226,7 @@ def test_help(name, flags, capfd):
     for o in flags.split(): assert re.search(f'--{o}[ \\n]', out), o
 
 @pytest.mark.parametrize('name,args,said', [
-    ('revvit_train', ['--epochs', '-3'], 'epochs must be a whole number above 0, got -3'),
+    ('revvit_train', ['--epochs', '-3'], '--epochs must be 1 or more, got -3'),
     ('revvit_predict', ['no.png'], 'no checkpoint.pth under runs/')])
 @pytest.mark.thorough
 def test_installed_commands_refuse(name, args, said, tmp_path):
@@ -235,7 +235,7 @@ def test_installed_commands_refuse(name, args, said, tmp_path):
 
 @pytest.mark.parametrize('args,said', [
     (['--recipe', 'imagenet'], "there is no recipe 'imagenet'; there is: digits"),
-    (['--epochs', '-3'], 'epochs must be a whole number above 0, got -3'),
+    (['--epochs', '-3'], '--epochs must be 1 or more, got -3'),
     (['--epochs', 'many'], "invalid int value: 'many'"), (['--batch-size', '0'], '--batch-size must be 1 or more'),
     (['--batch_size', '1000000'], '1437 training images'),
     (['--lr', 'nan'], 'lr must be a number above 0'), (['--workers', '-1'], 'workers must be 0 or more'),
@@ -976,13 +976,15 @@ def test_a_reader_that_leaves(name, args, work, tmp_path, warm):
         err = p.stderr.read()
         assert (p.wait(300), err) == (141, '')
 
-def test_importing_revvit_is_light(tmp_path):
-    "fastai, matplotlib and scikit-learn are loaded by those who train, not by those who only want a model"
-    code = ("import sys, revvit, revvit.use.cli; print([o for o in ('fastai', 'matplotlib', 'sklearn', 'pandas') if o "
-            "in sys.modules])")
+@pytest.mark.parametrize('first,said', [('', ''),
+    ('revvit.use.cli.revvit_train(["--epochs", "-3"])', 'revvit_train: --epochs must be 1 or more, got -3\n')])
+def test_importing_and_refusing_are_light(first, said, tmp_path):
+    "fastai, matplotlib and scikit-learn are loaded by those who train, not by those who only want a model or mistype"
+    code = (f"import sys, revvit, revvit.use.cli; {first}\n"
+            "print([o for o in ('fastai', 'matplotlib', 'sklearn', 'pandas') if o in sys.modules])")
     r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, env=env, capture_output=True,
                        text=True, timeout=300)
-    assert r.stdout == '[]\n', r.stdout + r.stderr
+    assert (r.stdout, r.stderr) == ('[]\n', said)
 
 @pytest.mark.parametrize('name,words,said', [('revvit_predict', '--model revvit_huge noise.png',
                                               "no model 'revvit_huge'"),

@@ -127,9 +127,10 @@ def _ended(func, e):
     if isinstance(e, (FloatingPointError, ChildProcessError)): return 1,one_sentence(e)
     lacks = isinstance(e, ImportError) and 'pip install' in str(e)   # of those that need not be there
     if not (lacks or isinstance(e, (ValueError, OSError))): return None,None
-    from revvit.data.loader import UnreadableFile
-    skip = "; --on-bad skip leaves out what cannot be read" if 'on_bad' in flags_of(func) else ''
-    return 2,_in_flags(func, one_sentence(e))+(skip if isinstance(e, UnreadableFile) else '')
+    loader = sys.modules.get('revvit.data.loader')   # not imported for this: a refusal would take twice as long
+    unreadable = loader and 'on_bad' in flags_of(func) and isinstance(e, loader.UnreadableFile)
+    skip = "; --on-bad skip leaves out what cannot be read" if unreadable else ''
+    return 2,_in_flags(func, one_sentence(e))+skip
 
 def _leave_pipe():
     "Let what is left in our output go nowhere, or Python would complain at the end"
@@ -141,7 +142,8 @@ def _check_words(args):
     "Refuse addresses, and numbers of which at least one is needed"
     for o in args.values():
         if isinstance(o, Path): check_local(o)
-    for k in ('top', 'views', 'chunk', 'batch_size', 'threads', 'save_steps', 'log_every', 'validate_every'):
+    at_least_1 = 'top views chunk batch_size threads epochs accumulate save_steps log_every validate_every'
+    for k in at_least_1.split():
         if args.get(k) is not None and args[k]<1: raise ValueError(f"{k} must be 1 or more, got {args[k]}")
     if (args.get('workers') or 0)<0: raise ValueError(f"workers must be 0 or more, got {args['workers']}")
 
