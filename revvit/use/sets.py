@@ -70,7 +70,7 @@ def small_set():
         compare('revmvit_base_224', 8, ('eager',), ours=('reversible','stored'), measures=drawn, rounds=2),
         compare('revmvit_base_16x4_224', 1, ours=('reversible',), measures=drawn, rounds=1),
         compare('revvit_small_patch16_224', 8, ours=('reversible','keep 0.07'), **eight),
-        compare('revvit_small_patch16_224', 8, ours=('reversible',), args=dropped, **eight)]
+        compare('revvit_small_patch16_224', 8, ours=('reversible','keep 0.07'), args=dropped, **eight)]
 
 def large_set():
     "Groups for a GPU of 80 GB or more: some minutes on a large one"
