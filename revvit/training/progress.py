@@ -95,11 +95,11 @@ def before_batch(self:PlainLog):
     self.begin = self.since,self.pct_train
 
 def _right(pred, y, k=1):
-    "How many answers are among the `k` likeliest, on the device; None where there are no classes"
+    "How many answers are among the `k` likeliest, on the device; None where there are not more than `k` classes"
     if not torch.is_tensor(y): return None
     if y.is_floating_point() and y.ndim==2: y = y.argmax(-1)
-    if pred.ndim!=2 or y.ndim!=1 or y.is_floating_point(): return None
-    return (pred.detach().topk(min(k, pred.shape[-1]))[1]==y[:,None]).sum()
+    if pred.ndim!=2 or y.ndim!=1 or y.is_floating_point() or 1<k>=pred.shape[-1]: return None
+    return (pred.detach().topk(k)[1]==y[:,None]).sum()
 
 @patch
 def before_validate(self:PlainLog): self.five,self.tested,self.top_5 = 0,0,None

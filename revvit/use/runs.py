@@ -131,7 +131,7 @@ def config_text(
     "What was decided, a few settings a line; what is off or was not given is left out"
     lines = ['']
     for k,v in cfg.items():
-        if v is None or v is False or v in ('', {}): continue
+        if v is None or v is False or v in ('', {}) or k=='pretrained': continue   # `weights` says what it starts from
         o = f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}"
         if lines[-1] and len(lines[-1])+len(o)+3>width: lines.append('')
         lines[-1] += f"{'; ' if lines[-1] else ''}{o}"
