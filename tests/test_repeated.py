@@ -186,3 +186,49 @@ def test_the_dial_measures_what_is_there():
     block = stack(1)[0].requires_grad_(False)
     assert stored_bytes(block, x)<want
     assert stored_bytes(block.requires_grad_(True), x)==want
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w): ctx.save_for_backward(x, w); return x*w
+    @staticmethod
+    def backward(ctx, d):
+        x,w = ctx.saved_tensors
+        return d*w,(d*x).sum((0,1))
+
+@keeps
+@pytest.mark.parametrize('frozen', [True, False])
+@pytest.mark.parametrize('own', [True, False], ids=['own function', 'of PyTorch'])
+def test_weights_in_the_place_of_frozen_ones(own, frozen, keep):
+    "By `functional_call`: exact, but where a function of the user's would be given the frozen ones in the repetition"
+    product = Product.apply if own else torch.mul
+    m,xs = stack(3, make=lambda i: (Fn(lambda m,x: product(x, m.w), w=8),mlp())),streams()
+    given = {k: (2*p.detach()).requires_grad_() for k,p in m.named_parameters()}
+    m.requires_grad_(not frozen)
+    def step():
+        loss = weighted_sum(torch.func.functional_call(m, given, tuple(xs)))
+        return torch.autograd.grad(loss, [*given.values()])
+    want = plain(m, step)
+    m.set_reversible(True, keep=keep)
+    if not own: assert error(step(), want) < 1e-12
+    else:
+        with pytest.raises(RuntimeError, match=REMEDY): step()
+
+@keeps
+def test_compiled_code_of_ones_own_runs_compiled_both_times(keep):
+    "Where each operation is watched, the compiler would stand aside, and its masks would be others in the repetition"
+    calls = []
+    def backend(graph, inputs):
+        def run(*args): calls.append(1); return graph(*args)
+        return run
+    class Own(nn.Module):
+        def __init__(self): super().__init__(); self.lin = nn.Linear(8, 8)
+        def forward(self, x): return nn.functional.dropout(self.lin(x), .3, self.training)
+    torch._dynamo.reset()
+    m,xs = stack(2, chunk=5, make=lambda i: (mlp(),Own())),streams()
+    for o in m: o.g.compile(backend=backend)
+    m.set_reversible(True, keep=keep)
+    loss = loss_of(m, xs)
+    forwards = len(calls)
+    loss.backward()
+    assert forwards>=2 and len(calls)>forwards
+    torch._dynamo.reset()

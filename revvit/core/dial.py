@@ -65,7 +65,7 @@ def _saved(block, x, context):
 def stored_bytes(
     block, # With halves `f` and `g`
     x:torch.Tensor, # A stream, images first
-    context:dict|None=None, # Its context arguments
+    context:dict|None=None, # What its F and G are given beside their stream, by name
 )->int: # Bytes an image
     "What ordinary autograd would store for a block"
     context = {k:v for k,v in (context or {}).items() if v is not None}

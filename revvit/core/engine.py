@@ -126,7 +126,8 @@ class _Block(Function):
     @staticmethod
     def backward(ctx, d1, d2):
         t,f,g,ds = ctx.tape,ctx.f,ctx.g,[d1,d2]
-        needs,n,k,used = ctx.needs_input_grad[6:],len(f.params),len(g.params)+len(g.context),[d is not None for d in ds]
+        needs,used = ctx.needs_input_grad[6:],[d is not None for d in ds]
+        n,k = len(f.params),len(g.params)+len(g.context)
         kept,f.lost,g.lost = ctx.saved_tensors
         with t, steady(t.y1.device):
             d1,d2 = (torch.zeros_like(y) if d is None else d for d,y in zip(ds, (t.y1,t.y2)))

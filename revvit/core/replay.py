@@ -46,18 +46,14 @@ def lent_now(): return getattr(Lend.now, 'pairs', [])
 
 # %% ../../nbs/core/03_replay.ipynb #a3d94c17
 @contextmanager
-def weights_anew(
-    modules:list, # Layers
-):
+def weights_anew(modules:list):
     "Parametrized weights of `modules` are computed within, and kept for nobody: their graph ends with the call"
     cache,mine = cached_weights(),{id(o) for o in modules}
-    was = {k:cache.pop(k) for k in [*(cache or ())] if k[0] in mine}
+    was = {k:cache.pop(k) for k in [*cache] if k[0] in mine}
     try: yield
     finally:
-        if cache is not None:
-            for k in [*cache]:
-                if k[0] in mine: del cache[k]
-            cache.update(was)
+        for k in [o for o in cache if o[0] in mine]: del cache[k]
+        cache.update(was)
 
 # %% ../../nbs/core/03_replay.ipynb #89123627
 ALL = slice(None)   # the part that is the whole; nothing is cut for it
@@ -133,6 +129,8 @@ def listened_to(
 # %% ../../nbs/core/03_replay.ipynb #a7c1e0d2
 _SHORTCUTS = nn.MultiheadAttention,nn.TransformerEncoderLayer,nn.TransformerEncoder
 
+def _is_compiled(modules): return any(o._compiled_call_impl or type(o).__name__=='OptimizedModule' for o in modules)
+
 class Trained(TorchFunctionMode):
     "Attention that nobody will differentiate, by the kernel it takes where somebody will"
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -146,7 +144,7 @@ def as_trained(
     device:torch.device, # Where they compute
 ): # A context
     "Let attention choose its kernel as the repetition will"
-    if any(o._compiled_call_impl or type(o).__name__=='OptimizedModule' for o in modules): return nullcontext()
+    if _is_compiled(modules): return nullcontext()
     short = any(isinstance(o, _SHORTCUTS) and not o.training for o in modules)
     return Trained() if short or device.type!='cpu' else nullcontext()
 
@@ -164,8 +162,9 @@ def each(self:Call, *xs):
     "Yield images and the scaled output for them, part by part, without gradients"
     xs,modules,last = [x.detach() for x in xs],self.record.modules,None
     self.autocast = same_autocast(self.device)
-    new = has_unknown_code(self.m, modules)
-    watch = Watch(self.device, xs) if new or listened_to(modules) else None
+    seen = not _is_compiled(modules)   # compiled code does not run where each operation is watched
+    new = seen and has_unknown_code(self.m, modules)
+    watch = Watch(self.device, xs) if new or seen and listened_to(modules) else None
     trained = as_trained(modules, self.device)
     for i,rows in enumerate(self.parts):
         before = rng_states(self.device)
@@ -187,14 +186,16 @@ def each(self:Call, *xs):
                            "use a layer without running statistics, or call set_reversible(False)")
 
 # %% ../../nbs/core/03_replay.ipynb #88553457
-def _unregistered_tensor(o, known):
-    "A tensor that the gradient of `o` flows to and that is not in `known`, if any"
+def _unregistered_tensor(o, known, lent=None):
+    "A tensor that the gradient of `o` flows to and that is not in `known`; or `lent`, where it would be lost"
     todo,seen,known = [o.grad_fn],set(),{id(k) for k in known}
     while todo:
         n = todo.pop()
         if n is None or n in seen: continue
         seen.add(n)
         if hasattr(n, 'variable') and id(n.variable) not in known: return n.variable
+        own = lent is not None and getattr(type(n), '_forward_cls', None)   # an autograd function
+        if own and not own.__module__.startswith(('torch.','revvit.')): return lent
         todo += [u for u,_ in n.next_functions]
 
 # %% ../../nbs/core/03_replay.ipynb #77053da6
@@ -205,12 +206,13 @@ def prepare(self:Call,
     "Get ready for the repetition of all parts"
     self.record.check(self.name)
     self.record.check_layers(self.name)
-    self.pairs,self.wanted,self.where,self.searched,self.summing = [],[],[],False,False
+    self.pairs,self.wanted,self.where,self.searched,self.summing,self.frozen = [],[],[],False,False,None
     for i,((owner,key,p,_),n) in enumerate(zip(self.record.params, needs)):
         now,q = owner._parameters.get(key),p
         if now is not p or p._backward_hooks or n!=p.requires_grad or not p.is_leaf:
             q = p.detach().requires_grad_(n)
             self.pairs += [(now,q),(p,q)]
+            if n and now is not p and not now.requires_grad: self.frozen = p
         if n:
             self.wanted.append(q)
             self.where.append(i)
@@ -233,8 +235,12 @@ def vjp(self:Call, i, xs, d, rebuild=True):
     with torch.enable_grad(): o = self.scaled(o if n else o[:0])
     wanted = [*leaves, *self.wanted]
     known = wanted if self.summing else [*wanted, *(p for p in self.params if not p._backward_hooks)]   # hooks run once
-    if not self.searched and (t:=_unregistered_tensor(o, known)) is not None:
+    if not self.searched and (t:=_unregistered_tensor(o, known, self.frozen)) is not None:
         if self.summing: return self.sum_apart().vjp(i, xs, d)
+        if t is self.frozen:
+            raise RuntimeError(f"{self.name} gives a weight of shape {tuple(t.shape)}, in whose place a frozen one is "
+                               "now, to a function that is not PyTorch's, where its gradient would be lost: call "
+                               "set_reversible(False)")
         if any(t is p for p in self.params):
             raise RuntimeError(f"{self.name} gives a weight of shape {tuple(t.shape)}, on which there is a hook, to a "
                                "function that is not PyTorch's, where the hook would run twice: remove it, or call "

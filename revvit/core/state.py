@@ -64,9 +64,9 @@ def function_modes()->bool:
     "Does somebody look at every call of a PyTorch function, as `with torch.device(...)` does?"
     return _function_modes()>0
 
-def cached_weights()->dict|None:
-    "What `parametrize.cached()` holds, while it is on"
-    return _parametrize._cache if _parametrize._cache_enabled else None
+def cached_weights()->dict:
+    "What `parametrize.cached()` holds; a new, empty one while it is off"
+    return _parametrize._cache if _parametrize._cache_enabled else {}
 
 def storage_users(
     t:torch.Tensor, # Any tensor
