@@ -163,7 +163,7 @@ def stored_call(
     "`m(*xs)`, in the parts of the reversible mode where numbers depend on them"
     if torch.compiler.is_compiling(): return _call(m, xs, given)
     n,chunk,graph = len(xs[0]),chunk or chunk_size(xs[0]),torch.is_grad_enabled()
-    def first(): return _call(m, xs, given, slice(chunk))
+    def first(): return _call(m, [x.detach() for x in xs], given, slice(chunk))
     large = graph and exact and len(xs)==1 and given is None and is_large(*xs, chunk)
     if large and (o:=_in_pieces(m, *xs)) is not None: return o
     parted = graph and exact or n>chunk and draws(m, first, xs[0].device)

@@ -145,7 +145,8 @@ class ContextCall(Call):
         for i in self.learned: tensors[i] = tensors[i].detach().requires_grad_()
         m = partial(self.m, **self.given.kwargs(tensors))
         graph = empty_graph() if self.learned else nullcontext()
-        with graph, self.autocast(): o = call_checked(m, parts[0], self.name) if len(parts)==1 else m(*parts)
+        with graph, self.autocast(), weights_anew(self.record.modules):
+            o = call_checked(m, parts[0], self.name) if len(parts)==1 else m(*parts)
         return (o if n else o[:0]).detach()
 
     def prepare(self, needs):

@@ -65,14 +65,15 @@ def _saved(block, x, context):
 def stored_bytes(
     block, # With halves `f` and `g`
     x:torch.Tensor, # A stream, images first
-    context:dict|None=None, # Its context arguments
+    context:dict|None=None, # What its F and G are given beside their stream, by name
 )->int: # Bytes an image
     "What ordinary autograd would store for a block"
     context = {k:v for k,v in (context or {}).items() if v is not None}
-    key = x.shape[1:],x.dtype,x.device,block.training,torch.is_autocast_enabled(x.device.type),*sorted(context)
+    trained,amp = tuple(p.requires_grad for p in block.parameters()),torch.is_autocast_enabled(x.device.type)
+    key = x.shape[1:],x.dtype,x.device,block.training,trained,amp,*sorted(context)
     known = _measured.setdefault(block, {})
     if key not in known:
-        states,one = rng_states(x.device),x[:1].detach()
+        states,one = rng_states(x.device),(x[:1] if len(x) else x.new_ones(1, *x.shape[1:])).detach()
         with same_autocast(x.device)():
             known[key] = _saved(block, torch.cat((one,one)), context)-_saved(block, one, context)
         set_rng_states(x.device, states)

@@ -13,6 +13,7 @@ from .exact import grid
 from .self_check import start_of
 from .state import *
 from .replay import *
+from .near import lean_on
 from .half import accumulate, half_backward, half_forward
 
 # %% ../../nbs/core/05_engine.ipynb #e28f5dee
@@ -29,6 +30,7 @@ class Tape:
         self.fresh,self.params = ([] if o is None else o for o in (fresh,params))
         self.name,self.exact,self.amp,self.first_back = name,exact,amp,first_back
         self.hooked,self.y1,self.y2,self.task,self.start = saving_is_hooked(),None,None,None,None
+        self.before = self.strayed = None   # of blocks whose second stream is kept
 
     def begin(self, x1, x2):
         "Note what the streams are where the way back will end"
@@ -37,8 +39,10 @@ class Tape:
 
     def finish(self):
         "Compare what came back with what there was"
-        if self.start is not None and self.y1 is not None: self.start.compare(self.start.errors((self.y1,self.y2)))
-        self.y1 = self.y2 = None
+        if self.start is not None and self.y1 is not None:
+            e = self.start.errors((self.y1,self.y2))
+            self.start.compare(e if self.strayed is None else torch.maximum(e, self.strayed))
+        self.y1 = self.y2 = self.strayed = None
 
     def __enter__(self):
         if self.task==graph_task(): return
@@ -51,7 +55,7 @@ class Tape:
     def undo(self):
         "Take back new gradients after something went wrong"
         for p in self.fresh: p.grad = None
-        self.y1 = self.y2 = None
+        self.y1 = self.y2 = self.strayed = None
 
 # %% ../../nbs/core/05_engine.ipynb #91c5767d
 @patch
@@ -69,6 +73,23 @@ def load(self:Tape, y1, y2, d):
     self.y1,self.y2 = (y.detach().clone() if keep else y.detach() for y in (y1,y2))
     if self.start is not None and not self.exact: self.start.reach((self.y1,self.y2))
     if self.first_back: self.fresh[:] = [p for p in self.params if p.is_leaf and p.grad is None]
+
+# %% ../../nbs/core/05_engine.ipynb #3c90e5d1
+@patch
+def put(self:Tape, kept, g):
+    "The second stream as it was kept; whether what G answers is to be added (1) and looked at by `again`, or not (0)"
+    checked = self.start is not None and not g.written_out
+    self.before = start_of((self.y2,), self.name, self.exact, self.amp) if checked else None
+    self.y2.copy_(kept)
+    if self.before is not None and g.near is not None: lean_on(self.y2, self.y1, g.near)
+    return int(self.before is not None)
+
+@patch
+def again(self:Tape, kept):
+    "Did G's new answer lead to the same second stream? `finish` says so"
+    e = self.before.errors((self.y2,))
+    self.strayed = e if self.strayed is None else torch.maximum(self.strayed, e)
+    self.y2.copy_(kept)
 
 # %% ../../nbs/core/05_engine.ipynb #16072612
 class _Enter(Function):
@@ -105,12 +126,14 @@ class _Block(Function):
     @staticmethod
     def backward(ctx, d1, d2):
         t,f,g,ds = ctx.tape,ctx.f,ctx.g,[d1,d2]
-        needs,n,k,used = ctx.needs_input_grad[6:],len(f.params),len(g.params)+len(g.context),[d is not None for d in ds]
+        needs,used = ctx.needs_input_grad[6:],[d is not None for d in ds]
+        n,k = len(f.params),len(g.params)+len(g.context)
         kept,f.lost,g.lost = ctx.saved_tensors
         with t, steady(t.y1.device):
             d1,d2 = (torch.zeros_like(y) if d is None else d for d,y in zip(ds, (t.y1,t.y2)))
-            gg,fed = half_backward(g, t.y1, t.y2, d1, d2, needs[n:n+k], t.exact, used[1], not ctx.keep)
-            if ctx.keep: t.y2.copy_(kept)
+            sign = t.put(kept, g) if ctx.keep else -1
+            gg,fed = half_backward(g, t.y1, t.y2, d1, d2, needs[n:n+k], t.exact, used[1], sign)
+            if sign==1: t.again(kept)
             used[0] |= fed
             gf,fed = half_backward(f, t.y2, t.y1, d2, d1, needs[:n]+needs[n+k:], t.exact, used[0])
             used[1] |= fed

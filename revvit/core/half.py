@@ -19,6 +19,7 @@ from .dial import is_large
 # %% ../../nbs/core/04a_half.ipynb #21fd6356
 class _Fused(Call):
     "A call whose module brings its own backward pass"
+    written_out = True
     def __init__(self, kernel, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.kernel,ids = kernel,[*map(id, self.params)]
@@ -136,23 +137,23 @@ def half_backward(
     needs:tuple, # For each of the call's parameters, whether its gradient is wanted
     exact:bool, # As forwards
     used:bool=True, # Whether any gradient comes; without one the half is only rebuilt
-    rebuild:bool=True, # Whether to take off what was added; not where `dst` was kept
+    sign:int=-1, # What to do with what was added: take it off, 0 nothing, 1 add it again
 )->tuple: # Gradients of the parameters, and whether `src` has one
     "Undo `dst += m(src)`, with gradients"
     call.prepare(needs)
     acc,before,fed = [None]*len(needs),storage_users(src),used and call.near is not None
     if fed: _skip_back(dsrc, ddst, call.near)
-    taken = None if isinstance(call, _Fused) else {o.untyped_storage().data_ptr() for o in (ddst,dsrc)}
+    taken = None if call.written_out else {o.untyped_storage().data_ptr() for o in (ddst,dsrc)}
     for i in reversed(range(len(call.parts))):
         rows = call.parts[i]
-        d = part_of(ddst, rows) if used or isinstance(call, _Fused) else None
-        o,(gx,),gp = call.vjp(i, (src,), d, rebuild)
-        if rebuild: add_(dst, rows, o, -1, exact)
+        d = part_of(ddst, rows) if used or call.written_out else None
+        o,(gx,),gp = call.vjp(i, (src,), d, bool(sign))
+        if sign: add_(dst, rows, o, sign, exact)
         if gx is not None and used: fed = add_(dsrc, rows, gx, 1, False) or True
         if used: accumulate(acc, gp, taken)
         del o,gx,gp,d
     call.done()
-    if rebuild and call.near is not None: lean_off(dst, src, call.near, call.lost)
+    if sign==-1 and call.near is not None: lean_off(dst, src, call.near, call.lost)
     if used and call.near is not None: ddst.mul_(call.near)
     _leave_to_others(src, before)
     return acc,fed

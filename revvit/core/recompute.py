@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from .self_check import start_of
 from .state import *
-from .replay import Lend, lent_now
+from .replay import Lend, lent_now, weights_anew
 
 # %% ../../nbs/core/03a_recompute.ipynb #1d2c2b87
 class _Twice:
@@ -26,7 +26,8 @@ class _Twice:
 
     def first(self, *args):
         self.record,before = Record(self.m),rng_states(self.device)
-        o,repeat = self.fn(self.m, *args),partial(self.fn, self.m, *args)
+        repeat = partial(self.fn, self.m, *args)
+        with weights_anew(self.record.modules): o = repeat()
         if rng_moved(self.device, before):
             mine = may_draw(self.m, self.record.modules) or drew(self.m, repeat, self.device)
             if mine: self.states = before
@@ -40,7 +41,7 @@ class _Twice:
         lent = [(o._parameters.get(k),t) for o,k,t,_ in self.record.params if o._parameters.get(k) is not t]
         try:
             if now: set_rng_states(self.device, self.states)
-            with Lend(lent) if lent else nullcontext(): o = self.fn(self.m, *args)
+            with weights_anew(self.record.modules), Lend(lent) if lent else nullcontext(): o = self.fn(self.m, *args)
         finally:
             if now: set_rng_states(self.device, now)
         if self.start: self.start.compare(self.start.errors((o,)))
@@ -55,6 +56,7 @@ def recompute(
 ): # What `fn` returns, with images first
     "`fn(m, *args)`, computed once more in the backward pass instead of keeping activations"
     if not on or not torch.is_grad_enabled() or torch.compiler.is_compiling() or transforming(): return fn(m, *args)
+    if type(args[0]).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__: return fn(m, *args)   # it has its ways
     pairs = lent_now()
     def contexts(): return nullcontext(),Lend(pairs) if pairs else nullcontext()
     with set_checkpoint_early_stop(False): # to the end, because the result is compared

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['graph_task', 'keeps_graph', 'fused_sdp_choice', 'private', 'is_batched', 'transforming', 'saving_is_hooked',
-           'global_hooks', 'function_modes', 'storage_users', 'rng_states', 'set_rng_states', 'rng_moved', 'Watch',
-           'has_unknown_code', 'remember_draws', 'may_draw', 'drew', 'draws', 'amp_dtype', 'same_autocast', 'steady',
-           'path_in', 'Record']
+           'global_hooks', 'function_modes', 'cached_weights', 'storage_users', 'rng_states', 'set_rng_states',
+           'rng_moved', 'Watch', 'has_unknown_code', 'has_own_code', 'remember_draws', 'may_draw', 'drew', 'draws',
+           'amp_dtype', 'same_autocast', 'steady', 'path_in', 'Record']
 
 # %% ../../nbs/core/02_state.ipynb #0a91b88a
 import gc, threading, torch, weakref
@@ -38,6 +38,7 @@ _functorch_stack = private('torch._C._functorch.peek_interpreter_stack')
 _forward_ad = private('torch.autograd.forward_ad')
 _saving_hooks = private('torch._C._autograd._top_saved_tensors_default_hooks')
 _function_modes = private('torch._C._len_torch_function_stack')
+_parametrize = private('torch.nn.utils.parametrize')
 _use_count = private('torch._C._storage_Use_Count')
 fused_sdp_choice = private('torch._fused_sdp_choice')
 _global_hooks = private('torch.nn.modules.module._has_any_global_hook')
@@ -62,6 +63,10 @@ def global_hooks()->bool:
 def function_modes()->bool:
     "Does somebody look at every call of a PyTorch function, as `with torch.device(...)` does?"
     return _function_modes()>0
+
+def cached_weights()->dict:
+    "What `parametrize.cached()` holds; a new, empty one while it is off"
+    return _parametrize._cache if _parametrize._cache_enabled else {}
 
 def storage_users(
     t:torch.Tensor, # Any tensor
@@ -106,9 +111,11 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         draws = torch.Tag.nondeterministic_seeded in func.tags
-        if draws and not self.drew: before = rng_states(self.device)
+        ours = func.namespace in ('aten','prim','prims')   # others' operations bear no such tag
+        may_draw = not self.drew and (draws or not ours)
+        if may_draw: before = rng_states(self.device)
         out = func(*args, **(kwargs or {}))
-        if draws and not self.drew: self.drew = rng_moved(self.device, before)
+        if may_draw: self.drew = rng_moved(self.device, before)
         given = [o for a in args for o in (a if isinstance(a, (tuple,list)) else [a])]
         # zeros_like and such take a shape from their argument, and none of its numbers
         if any(map(self.knows, given)) and '_like' not in str(func) and not draws:
@@ -138,7 +145,10 @@ def has_unknown_code(
     modules:list, # It and all modules in it
 )->bool:
     "Has `m` code that nothing is known of?"
-    if m in _drawing or m in _quiet: return False
+    return not (m in _drawing or m in _quiet) and has_own_code(modules)
+
+def has_own_code(modules:list)->bool:
+    "Is the class of any of them neither PyTorch's nor timm's nor ours?"
     return not all(type(o).__module__.startswith(('torch.','timm.','revvit.')) for o in modules)
 
 def remember_draws(m, watch): (_drawing if watch.drew else _quiet).add(m)
@@ -148,6 +158,7 @@ def _rate(o):
     "Dropout rate of a layer, if it is one"
     if isinstance(o, nn.modules.dropout._DropoutNd): return o.p
     if isinstance(o, (nn.RNNBase, nn.MultiheadAttention)): return o.dropout
+    if isinstance(inner := o._modules.get('attn_drop'), nn.Dropout): return inner.p   # drawn in timm's mode
     return getattr(o, 'drop_prob', 0.) or 0.
 
 def may_draw(

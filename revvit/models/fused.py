@@ -199,6 +199,7 @@ def _simple(m, dtype, device):
     for n in _WEIGHTS.get(k, ()):
         if ps.get(n) is None: return False   # a replica's are no parameters
     if k is nn.Dropout and m.training and m.p or k is LayerScale and m.inplace: return False
+    if m.training and getattr(m._modules.get('attn_drop'), 'p', 0): return False   # by its own mode, not its Dropout's
     return not m._buffers
 
 def product_dtype(
