@@ -312,7 +312,8 @@ def test_what_a_learner_cannot_be_asked(folder, item, said):
                                                    'less would work'),
     (dict(bs=14, world=2), 'too few for each of 2 processes to have 14: batch_size=26 or less'),
     (dict(aug=full, tfm=len), 'give one of the two'),
-    (dict(on_bad='hide'), "on_bad must be 'raise' or 'skip'"), (dict(valid='valid'), 'valid: no such folder')])
+    (dict(on_bad='hide'), "on_bad must be 'raise' or 'skip'"),
+    (dict(valid='valid'), "holds 'train' and no folder 'valid'")])
 def test_R38_settings_that_cannot_work(folder, kw, said):
     with pytest.raises((ValueError, FileNotFoundError), match=said): loaders(folder, **kw)
 
@@ -341,9 +342,10 @@ def test_R38_found_before_the_first_epoch(copy):
     twin.unlink()
     twin.write_bytes(b''); assert refused(copy) == f'val/n01440764/twin.jpg: the image file is empty (0 bytes)'
     assert len(loaders(copy, on_bad='skip').valid_ds) == 26
-    shutil.rmtree(copy/'val'); assert refused(copy) == 'val: no such folder'
+    shutil.rmtree(copy/'val'); assert "holds 'train' and no folder 'val'" in refused(copy)
     shutil.rmtree(copy/'train')
-    (copy/'train').mkdir(); assert refused(copy) == 'train: holds no folders, one for each class is needed'
+    for o in ('train','val'): (copy/o).mkdir()
+    assert refused(copy) == 'train: holds no folders, one for each class is needed'
 
 def warned(call):
     "The answer, and what was warned"
@@ -571,7 +573,7 @@ def test_a_fifth_of_each_class_is_held_out(photos, tmp_path, capsys):
     "3 of 13 in both classes; the seed chooses, not the place of the folder; and a line says so"
     train,held,vocab = image_files(photos)
     assert (len(train), len(held), [*held.values()]) == (20, 6, [0]*3+[1]*3) and not {*train}&{*held}
-    assert f'{photos}: without a folder for each part, 6 of 26 images are held out' in capsys.readouterr().out
+    assert 'without a folder for each part, 6 of 26 images are held out' in capsys.readouterr().out
     moved = Path(shutil.copytree(photos, tmp_path/'elsewhere'/'photos'))
     assert names(image_files(moved)[1], moved) == names(held, photos) != names(image_files(photos, seed=1)[1], photos)
     dls = image_dls(photos, cfg, bs=4, workers=0, seed=1, device='cpu')

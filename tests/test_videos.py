@@ -16,7 +16,7 @@ from revvit.data.digits import digits
 from revvit.use.evaluation import folder_items
 from revvit.data.video_file import Video, _scan, is_video
 from revvit.data.film import TensorVideo
-from revvit.data.clips import (ClipAugment, ClipTransform, TrainClips, _fit, _normalise, _rows, _same_draws,
+from revvit.data.clips import (ClipAugment, ClipTransform, TrainClips, _fit, _normalise, _rows, _same_draws, _text,
     clip_classes, clip_dls, clip_files, clip_indices, read_clip_list, view_starts)
 from revvit.data.moving_digits import directions, moving_digits, moving_digits_dls
 from test_training import same
@@ -598,7 +598,7 @@ def test_R38_lists(tmp):
         with pytest.raises(ValueError, match=re.escape(said)): read_clip_list(path)
     with pytest.raises(FileNotFoundError, match='none.csv: no such list of videos'): read_clip_list(tmp/'none.csv')
     path.write_text('a.mp4 3\n\nmy cat.mp4  0 \n"sub/the ""cat"".mp4" 1\r\n"two\nlines.mp4" 2\nlast.mp4')
-    assert list(_rows(path))==[(1,'a.mp4','3'), (3,'my cat.mp4','0'), (4,'sub/the "cat".mp4','1'),
+    assert list(_rows(path, *_text(path)[:1]))==[(1,'a.mp4','3'), (3,'my cat.mp4','0'), (4,'sub/the "cat".mp4','1'),
                                (5,'two\nlines.mp4','2'), (7,'','last.mp4')]
     path.write_bytes('\ufeffa.mp4 0\r\nb c.mp4  1 \r\n'.encode())
     assert {os.path.relpath(k, tmp): v for k,v in read_clip_list(path).items()}=={'a.mp4': 0, 'b c.mp4': 1}

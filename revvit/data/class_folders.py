@@ -6,7 +6,7 @@
 __all__ = ['class_folders', 'hold_out_files', 'part_folders', 'folder_files', 'kind_of_data']
 
 # %% ../../nbs/data/20b_class_folders.ipynb #d82d8ef7
-import os, unicodedata
+import os, unicodedata, warnings
 from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
@@ -15,12 +15,14 @@ from fastai.torch_core import rank_distrib
 from .from_files import a_few, class_items, image_suffixes, is_hidden, readable, video_suffixes
 
 # %% ../../nbs/data/20b_class_folders.ipynb #84fda3ca
+def _folders(path): return sorted(o.name for o in os.scandir(path) if o.is_dir() and not is_hidden(o.name))
+
 def class_folders(
     folder:Path, # Holds them
 )->list: # Sorted; the place of a name is the number of its class
     "Names of the class folders in `folder`"
     if not folder.is_dir(): raise FileNotFoundError(f"{folder}: no such folder")
-    names,seen = sorted(o.name for o in os.scandir(folder) if o.is_dir() and not is_hidden(o.name)),{}
+    names,seen = _folders(folder),{}
     if not names: raise ValueError(f"{folder}: holds no folders, one for each class is needed")
     for o in names:
         same = seen.setdefault(unicodedata.normalize('NFKC', o).casefold().strip(), o)
@@ -35,7 +37,7 @@ def hold_out_files(
     share:float=.2, # Of each class, above 0 and below 1; at least one file
 )->tuple: # What is left, and what is held out
     "Hold out the same share of each class"
-    def draw(path): return blake2b(f'{seed}/{Path(path).relative_to(folder).as_posix()}'.encode()).digest()
+    def draw(path): return blake2b(os.fsencode(f'{seed}/{Path(path).relative_to(folder).as_posix()}')).digest()
     held = set()
     for c in {*items.values()}:
         files = sorted((k for k,v in items.items() if v==c), key=draw)
@@ -45,15 +47,25 @@ def hold_out_files(
     return tuple({k:v for k,v in items.items() if (k in held)==o} for o in (False,True))
 
 # %% ../../nbs/data/20b_class_folders.ipynb #89953404
+_parts = dict(train=('train','training'), val=('val','valid','validation','test','testing'))
+
+def _named(there, word):
+    "Those of some folders that the part `word` may be called by, the likeliest first"
+    def fits(f, o): return f==o or word in _parts and f.casefold()==o
+    return [f for o in _parts.get(word, (word,)) for f in sorted(there, key=lambda f: f!=o) if fits(f, o)]
+
 def part_folders(
     path:Path, # Data set
-    train:str='train', # Name of the folder of training files
-    valid:str='val', # Of the held-out ones; `val` may be called valid, validation or test too
+    train:str='train', # Name of the folder of training files, which may be called training too
+    valid:str='val', # Of the held-out ones; `val` may be called valid, validation, test or testing too
 )->list|None: # None if there are none
     "Training and held-out folder of a data set that its owner divided"
-    others = [valid] if valid!='val' else ['val','valid','validation','test']
-    valid = next((o for o in others if (path/o).is_dir()), valid)
-    return [path/train, path/valid] if any((path/o).is_dir() for o in (train,valid)) else None
+    if not path.is_dir(): return None
+    there = _folders(path)
+    parts = [path/next(iter(_named(there, o)), o) for o in (train,valid)]
+    found = [o for o in parts if o.is_dir()]
+    if len(found)==1<len(there) and not _folders(found[0]): return None   # a class of that name
+    return parts if found else None
 
 def _check_classes(vocab, other, train, root):
     "Refuse parts whose classes differ"
@@ -62,14 +74,26 @@ def _check_classes(vocab, other, train, root):
     if only := sorted(set(other)-set(vocab)):
         raise ValueError(f"{root}: the class {a_few(only)} is not in {train!r}")
 
-def _own_split(path, found, kind, on_bad, check, seed):
-    "Both parts of what nobody divided, said aloud"
-    items = readable(found, {}, kind, on_bad)[0] if check else found
-    parts = hold_out_files(items, path, seed)
-    if not rank_distrib():
-        print(f"{path}: without a folder for each part, {len(parts[1])} of {len(items)} {kind}s are held out, a fifth "
-              f"of each class, chosen by the seed {seed} and their names")
-    return parts
+def _check_parts(path, roots):
+    "Refuse one part without the other"
+    there,lack = ([o for o in roots if o.is_dir()==k] for k in (True,False))
+    if lack: raise FileNotFoundError(f"{path}: holds {there[0].name!r} and no folder {lack[0].name!r}; of {there[0]} "
+                                     "alone a fifth would be held out")
+
+# %% ../../nbs/data/20b_class_folders.ipynb #f64af3ed
+def _bare(folder, suffixes):
+    "Has a folder no files of its own, but folders alone?"
+    return not any(o.is_file() and os.path.splitext(o.name)[1].lower() in suffixes for o in os.scandir(folder))
+
+def _check_level(root, vocab, kind):
+    "Refuse a single class, and warn where those that are meant may be one level below"
+    below,suffixes = [_folders(root/o) for o in vocab],video_suffixes if kind=='video' else image_suffixes
+    if len(vocab)==1:
+        deep = f"; {root/vocab[0]} holds the folders {a_few(below[0])}: are they the classes?" if below[0] else ''
+        raise ValueError(f"{root}: {vocab[0]!r} is the only class, and there is nothing to tell it from{deep}")
+    if len(below[0])>1 and all(o==below[0] for o in below) and all(_bare(root/o, suffixes) for o in vocab):
+        warnings.warn(f"{root}: the classes are {a_few(vocab)}, and each of these folders holds {a_few(below[0])} and "
+                      f"no {kind}s beside them: if those are the classes, they must stand above")
 
 # %% ../../nbs/data/20b_class_folders.ipynb #6de44480
 def folder_files(
@@ -79,17 +103,19 @@ def folder_files(
     kind:str='image', # Or 'video'
     on_bad:str='raise', # An unreadable file: 'raise', or 'skip' to leave it out with a warning
     check:bool=True, # Look at every file's size and permission; False trusts them, for slow disks
-    allow_shared:bool=False, # A file that is in both parts is warned of; by default it is an error
+    allow_shared:bool=False, # A file that is in both parts, or in two classes, is warned of; by default it is an error
     seed:int=0, # Of what is held out, where the folder is not divided
 )->tuple: # Class number by path for training and held-out files, sorted, and the class names
     "List a folder of class folders, or say what is wrong with it"
     path,suffixes = Path(path),video_suffixes if kind=='video' else image_suffixes
     roots = part_folders(path, train, valid)
+    if roots: _check_parts(path, roots)
     vocab,*other = map(class_folders, roots or [path])
-    if other: _check_classes(vocab, other[0], train, roots[1])
+    if other: _check_classes(vocab, other[0], roots[0].name, roots[1])
+    _check_level((roots or [path])[0], vocab, kind)
     parts = [class_items(r, {o:i for i,o in enumerate(vocab)}, suffixes) for r in roots or [path]]
     for r,o in zip(roots or [path], parts): _check_full(r, o, vocab, kind, suffixes)
-    if not roots: parts = _own_split(path, *parts, kind, on_bad, check, seed)
+    if not roots: parts = _own_split(path, *parts, vocab, kind, on_bad, check, allow_shared, seed)
     if check: parts = readable(*parts, kind, on_bad, allow_shared)
     for r,o in zip(roots or [path]*2, parts): _check_full(r, o, vocab, kind, suffixes)
     return *parts, vocab
@@ -98,6 +124,15 @@ def _check_full(root, items, vocab, kind, suffixes):
     "Refuse a class without files"
     if empty := [v for i,v in enumerate(vocab) if i not in {*items.values()}]:
         raise ValueError(f"{root}: no {kind}s for the class {a_few(empty)} (files that end in {', '.join(suffixes)})")
+
+def _own_split(path, found, vocab, kind, on_bad, check, allow_shared, seed):
+    "Both parts of what nobody divided, said aloud"
+    items = readable(found, {}, kind, on_bad, allow_shared)[0] if check else found
+    parts = hold_out_files(items, path, seed)
+    if not rank_distrib():
+        print(f"{path}: {len(vocab)} classes, {a_few(vocab)}; without a folder for each part, {len(parts[1])} of "
+              f"{len(items)} {kind}s are held out, a fifth of each class, chosen by the seed {seed} and their names")
+    return parts
 
 # %% ../../nbs/data/20b_class_folders.ipynb #8fad039b
 def kind_of_data(

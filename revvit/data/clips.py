@@ -7,7 +7,7 @@ __all__ = ['clip_indices', 'view_starts', 'ClipTransform', 'ClipAugment', 'read_
            'TrainClips', 'clip_dls']
 
 # %% ../../nbs/data/24_clips.ipynb #72b9f73b
-import csv, math, os, random, warnings
+import csv, io, math, os, random, warnings
 from pathlib import Path
 import numpy as np, torch
 from fastai.vision.all import DataLoaders, ItemTransform
@@ -139,22 +139,28 @@ def __call__(self:ClipAugment, frames):
     x = _normalise(self.flip(self.crop(frames)), self.cfg)   # T C H W -> C T H W
     return self.erase(x.flatten(0, 1)).view_as(x)
 
-# %% ../../nbs/data/24_clips.ipynb #a72d0bb7
-def _rows(path):
-    "Yield line number, path and class of each entry"
-    try:
-        with open(path, encoding='utf-8-sig', newline='') as f:
-            reader,line = csv.reader(f, delimiter=' ', strict=True),1
-            for row in reader:
-                while row and not row[-1]: row.pop()                # spaces at the end,
-                while row and not row[0]: row.pop(0)                # at the start,
-                while len(row)>1 and not row[-2]: del row[-2]       # or more than one before the label
-                if row: yield line,' '.join(row[:-1]),row[-1]
-                line = reader.line_num+1
-    except csv.Error as e: raise ValueError(f"{path}, line {line}: the quotes do not match ({e})") from e
+# %% ../../nbs/data/24_clips.ipynb #44136289
+def _text(path):
+    "The text of a list, and what is wrong with it if it is not in UTF-8, as the names of files may be"
+    data = path.read_bytes()
+    try: return data.decode('utf-8-sig'),None
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: not a text file in UTF-8 ({e.reason} at byte {e.start})") from e
+        said = f"{path}: not a text file in UTF-8 ({e.reason} at byte {e.start})"
+        return data.decode('utf-8-sig', 'surrogateescape'),said
 
+def _rows(path, text):
+    "Yield line number, path and class of each entry"
+    reader,line = csv.reader(io.StringIO(text, newline=''), delimiter=' ', strict=True),1
+    try:
+        for row in reader:
+            while row and not row[-1]: row.pop()                # spaces at the end,
+            while row and not row[0]: row.pop(0)                # at the start,
+            while len(row)>1 and not row[-2]: del row[-2]       # or more than one before the label
+            if row: yield line,' '.join(row[:-1]),row[-1]
+            line = reader.line_num+1
+    except csv.Error as e: raise ValueError(f"{path}, line {line}: the quotes do not match ({e})") from e
+
+# %% ../../nbs/data/24_clips.ipynb #a72d0bb7
 def read_clip_list(
     path:str|Path, # Text file, a line `path label` for each video
     root:str|Path|None=None, # Where relative paths start; None for the folder of the list
@@ -164,7 +170,8 @@ def read_clip_list(
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"{path}: no such list of videos")
     root,items,lines,again = Path(root or path.parent),{},{},[]
-    for n,name,label in _rows(path):
+    text,fault = _text(path)
+    for n,name,label in _rows(path, text):
         where = f"{path}, line {n}:"
         if not name: raise ValueError(f"{where} expected `path label`, got {label!r}")
         if not label.isascii() or not label.isdigit():
@@ -172,6 +179,7 @@ def read_clip_list(
         if classes is not None and int(label)>=classes:
             raise ValueError(f"{where} the label must be below {classes}, got {label}")
         video = os.path.normpath(root/name)
+        if fault and not os.path.lexists(video): raise ValueError(fault)
         if video in items: again.append(f"{where} {name!r} is already in line {lines[video]}")
         if items.setdefault(video, int(label))!=int(label): raise ValueError(f"{again[-1]}, with another label")
         lines.setdefault(video, n)

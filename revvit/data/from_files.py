@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['image_suffixes', 'video_suffixes', 'is_hidden', 'class_items', 'a_few', 'and_more', 'readable', 'naming_file',
-           'file_dls']
+           'data_mark', 'file_dls']
 
 # %% ../../nbs/data/20a_from_files.ipynb #25cbcc3a
 import os, warnings
 from collections import Counter
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 import numpy as np, torch
 from fastai.torch_core import TensorImageBase
@@ -23,11 +24,13 @@ image_suffixes = tuple('.jpg .jpeg .png .ppm .bmp .pgm .tif .tiff .webp .apng .a
                        '.jpx .mpo .pbm .pnm .qoi .tga'.split())
 video_suffixes = tuple('.3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv'.split())
 
+_systems = {'__MACOSX','@eaDir','#recycle','$RECYCLE.BIN','System Volume Information','lost+found'}
+
 def is_hidden(
     name:str, # Of a file or folder, without the folders above
 )->bool:
     "Does a system keep such names to itself?"
-    return name.startswith('.') or name=='__MACOSX'
+    return name.startswith('.') or name in _systems
 
 def class_items(
     folder:Path, # Holds the class folders
@@ -81,22 +84,23 @@ def readable(
     held:dict, # The same of held-out files
     kind:str='image', # What a file is called in sentences
     on_bad:str='raise', # An unreadable file: 'raise', or 'skip' to leave it out with a warning
-    allow_shared:bool=False, # A file that is in both parts is warned of; by default it is an error
+    allow_shared:bool=False, # A file that is in both parts, or in two classes, is warned of; by default it is an error
 )->tuple: # Both parts without the files that cannot be read
     "Look at every file, also for two paths that lead to one"
-    faults,seen,shared,again = {},{},[],[]
-    for i,p in enumerate((*train, *held)):
+    faults,seen,twice = {},{},{', in training and held out': [], ', in two classes': [], '': []}
+    for i,(p,label) in enumerate((*train.items(), *held.items())):
         key,why = _look_at(p, kind)
         if why: faults[p] = f"{p}: {why}"
         if not any(key): continue
-        j,q = seen.setdefault(key, (i,p))
-        if i!=j: (shared if j<len(train)<=i else again).append(f"{q} and {p} are one and the same file")
-    if shared and not allow_shared:
-        raise ValueError(f"{shared[0]}{and_more(shared)}, in training and held out: allow it by allow_shared "
-                         "(--allow-shared) if that is meant")
+        j,q,other = seen.setdefault(key, (i,p,label))
+        where = ', in training and held out' if j<len(train)<=i else ', in two classes' if label!=other else ''
+        if i!=j: twice[where].append(f"{q} and {p} are one and the same file")
+    for where,o in twice.items():
+        if o and where and not allow_shared:
+            raise ValueError(f"{o[0]}{and_more(o)}{where}: allow it by allow_shared (--allow-shared) if that is meant")
     said = list(faults.values())
     if said and on_bad=='raise': raise UnreadableFile(said[0] + and_more(said))
-    for o,where in ((shared, ', in training and held out'), (again, '')):
+    for where,o in twice.items():
         if o: warnings.warn(f"{o[0]}{and_more(o)}{where}")
     if said: warnings.warn(f"{len(said)} unreadable file{'s are' if said[1:] else ' is'} left out: "
                            f"{'; '.join(said[:3])}{'; ...' if said[3:] else ''}")
@@ -116,6 +120,19 @@ def naming_file(
             e.args = old
             if hasattr(e, 'add_note'): e.add_note(f"while reading {path}")   # Python 3.11
         raise
+
+# %% ../../nbs/data/20a_from_files.ipynb #4044e550
+def data_mark(
+    train:dict, # Label by path; anything whose `repr` says what it is
+    held:dict, # The same of held-out files
+)->dict: # `training` and `held out`, how many files, and `digest`, of their names and labels in order
+    "What tells some data from others"
+    above = os.path.commonprefix([str(o) for part in (train,held) for o in part]).rpartition(os.sep)[0]
+    mark = blake2b(digest_size=8)
+    for part in (train,held):
+        for path,label in part.items(): mark.update(os.fsencode(f'{str(path)[len(above):]}\0{label!r}\0'))
+        mark.update(b'\n')
+    return dict({'training': len(train), 'held out': len(held)}, digest=mark.hexdigest())
 
 # %% ../../nbs/data/20a_from_files.ipynb #2bd21886
 class _Read(Transform):
@@ -152,7 +169,7 @@ def file_dls(
     world:int=1, # How many these are
     device:str|torch.device|None=None, # Where batches go; None for the GPU if there is one
     after_batch:tuple=(), # fastai transforms of a batch
-)->DataLoaders: # With `vocab`, the class names, and `held`, the class numbers of held-out files by path
+)->DataLoaders: # With `vocab`, the class names, `held`, the class numbers of held-out files by path, and `mark`
     "fastai `DataLoaders` of files"
     (train,held,vocab),device = files,pick_device(device)
     if bs<1: raise ValueError(f"the batch size must be 1 or more, got {bs}")
@@ -167,5 +184,5 @@ def file_dls(
                   after_batch=[*after_batch, _Show(cfg)], pin_memory=device.type=='cuda')
     dls = DataLoaders(EpochDL(dsets.train, shuffle=True, drop_last=True, **kwargs), EpochDL(dsets.valid, **kwargs),
                       device=device)
-    dls.held = held
+    dls.held,dls.mark = held,data_mark(train, held)
     return dls

@@ -206,15 +206,17 @@ def _arrive(self:EpochDL, epoch, batches):
 @patch
 def __iter__(self:EpochDL):
     epoch,start,known,batches = self.epoch,self.batch,int(self.bad.sum()),self._batches()
-    self.epoch,self.batch = epoch+1,0
+    self.epoch,self.batch,none = epoch+1,0,bool(batches) and not start
     self.before_iter()
     for k,b in enumerate(self._arrive(epoch, batches), start):
         if b is None: continue
+        none = False
         with seeded(self.seed, epoch, 2, k*self.world+self.rank, device=self.device):
             if self.device is not None: b = to_device(b, self.device, non_blocking=self.pin_memory)
             b = self.after_batch(b)
         yield b
     self.after_iter()
-    if len(bad := self.bad_items())>known:
-        warnings.warn(f"{len(bad)} of {self.n} items cannot be read and are left out: "
-                      f"{', '.join(map(str, bad[:3]))}{', ...' if len(bad)>3 else ''}")
+    bad = self.bad_items()
+    few = f"{', '.join(map(str, bad[:3]))}{', ...' if len(bad)>3 else ''}"
+    if none: raise ValueError(f"no item of this epoch can be read: {few}")   # a network would learn from nothing
+    if len(bad)>known: warnings.warn(f"{len(bad)} of {self.n} items cannot be read and are left out: {few}")

@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from ..core.device import pick_device
 from .coco import CocoData, CocoError, mask_of, read_coco
-from .from_files import naming_file
+from .from_files import data_mark, naming_file
 from .images import open_image
 from .loader import EpochDL
 
@@ -125,7 +125,7 @@ def coco_dls(
     rank:int=0, # Number of this process among those that train together
     world:int=1, # How many these are
     device:str|torch.device|None=None, # Where batches go; None for the GPU if there is one
-)->DataLoaders: # With `vocab`, the names of the categories
+)->DataLoaders: # With `vocab`, the names of the categories, and `mark`
     "`DataLoaders` of images with boxes and masks"
     path,device = Path(path).expanduser(),pick_device(device)
     if bs<1: raise ValueError(f"the batch size must be 1 or more, got {bs}")
@@ -138,7 +138,8 @@ def coco_dls(
                   create_batch=as_lists, pin_memory=device.type=='cuda')
     dls = DataLoaders(EpochDL(CocoImages(train, masks, tfm or scene_tfm()), bs, shuffle=True, drop_last=True, **kwargs),
                       EpochDL(CocoImages(held, masks), bs, **kwargs), device=device)
-    dls.vocab = train.vocab
+    def labels(data): return {p: [(o['category_id'], o['box']) for o in t] for p,t in zip(data.items, data.things)}
+    dls.vocab,dls.mark = train.vocab,data_mark(labels(train), labels(held))
     return dls
 
 # %% ../../nbs/data/26a_scenes.ipynb #58c37ef4

@@ -257,14 +257,14 @@ def copy_tensors(
 
 # %% ../../nbs/models/18_checkpoints.ipynb #81fd40b8
 def load_model(
-    path, # Written by `save_checkpoint`, or the folder of a Hugging Face Hub model
+    path, # Written by `save_checkpoint`, or the folder of a training run or of a Hugging Face Hub model
 )->nn.Module: # In evaluation mode; `pretrained_cfg` holds class names and input settings
     "Build and fill the model that a file of ours or a Hub folder describes"
     content,path = read_checkpoint(path),Path(path)
     ours = content.get('format')=='revvit'
     if ours and (other := _elsewhere(content.get('model'))): return other.load_detector(content, path)
-    if path.is_dir(): build = _hub_model
-    elif ours: build = _own_model
+    if ours: build = _own_model
+    elif path.is_dir(): build = _hub_model
     else:
         raise CheckpointError(f"{path} was not written by save_checkpoint: build the model and use load_checkpoint")
     with torch.device('meta'): empty = build(content, path)

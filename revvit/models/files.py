@@ -119,11 +119,11 @@ def is_sealed(
 
 # %% ../../nbs/models/17_files.ipynb #6243e768
 def weights_file(
-    path, # A file, or the folder of a Hugging Face Hub model
+    path, # A file, or the folder of a Hugging Face Hub model or of a training run
 )->Path: # The file with the weights
-    "The file that `path` means: itself, or the weights in a Hugging Face Hub folder"
+    "The file that `path` means: itself, or the weights in a folder"
     path = Path(path)
-    return next((o for o in (path/'model.safetensors', path/'pytorch_model.bin') if o.is_file()), path)
+    return next((o for k in ('model.safetensors','pytorch_model.bin','checkpoint.pth') if (o:=path/k).is_file()), path)
 
 def check_local(
     path, # What should be a file on this machine
@@ -160,7 +160,7 @@ def _read(f, start):
     return content
 
 def read_checkpoint(
-    path, # Published or own checkpoint, safetensors file, or folder of a Hugging Face Hub model
+    path, # Published or own checkpoint, safetensors file, or folder of a Hugging Face Hub model or of a training run
 )->dict: # What it holds: tensors, numbers, text, lists, dictionaries
     "Read a file without running anything in it"
     path = weights_file(path)

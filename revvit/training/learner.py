@@ -64,13 +64,13 @@ def record_run(
     image_cfg:dict, # Image settings for the checkpoint
 )->Learner:
     "Write a log and a checkpoint after every epoch"
+    if not hasattr(learn.model, 'model_args'):   # said now, not after an epoch
+        raise ValueError(f"out={str(out)!r}: a {type(learn.model).__name__} does not say how it was built, so there "
+                         "can be no checkpoint.pth; without out it can be trained, and its state_dict saved")
     learn.path = Path(out)
     if rank_distrib(): return learn
     learn.path.mkdir(parents=True, exist_ok=True)
-    kwargs = dict(input_settings=image_cfg)
-    if _detects(learn):
-        assert learn.model.model_args   # an error now, not after an epoch, if it cannot be saved
-        kwargs = {}   # it prepares images itself
+    kwargs = {} if _detects(learn) else dict(input_settings=image_cfg)   # a detector prepares images itself
     save = SaveCheckpoint(learn.path/'checkpoint.pth', class_names=list(learn.dls.vocab), **kwargs)
     return learn.add_cbs([RunLog(), save])
 

@@ -7,6 +7,7 @@ __all__ = ['BOARDS', 'step_memory', 'PlainLog', 'speed_words', 'check_board', 'b
 
 # %% ../../nbs/training/31b_progress.ipynb #3f0b58d9
 import sys
+from contextlib import contextmanager
 from importlib.util import find_spec
 from math import inf
 from pathlib import Path
@@ -21,35 +22,32 @@ from ..data.loader import seeded
 from .callbacks import Later, is_searching, unwrapped
 
 # %% ../../nbs/training/31b_progress.ipynb #8292db95
+@contextmanager
 def _as_set(model):
-    "A function that puts a model's parts back into their modes"
-    modes = [(o, o.training) for o in model.modules()]
-    parts = [o for o in model.modules() if 'reversible' in vars(o)]
-    ways = [(o, [getattr(o, k) for k in ('reversible','keep','exact') if k in vars(o)]) for o in parts]
-    def restore():
-        for o,way in ways: o.set_reversible(*way)
-        for o,mode in modes: o.training = mode
-    return parts,restore
+    "Let a model be set otherwise for a while"
+    ways = [(o, {k: v for k,v in vars(o).items() if k in ('training','reversible','keep','exact')})
+            for o in model.modules()]
+    try: yield
+    finally:
+        for o,way in ways: vars(o).update(way)
 
 def step_memory(
-    model, # Of this package
+    model, # With `set_reversible`, as those of this package and those that `revvit.reversible` has rewired
     x:torch.Tensor|list, # A batch, on the model's device; under autocast, if the run is
     there:list|None=None, # What is in each image, for a detector, whose losses are then computed
 )->tuple: # Bytes kept as the model is set, and bytes that plain autograd keeps
     "Activations that a step on `x` keeps for its backward pass, reckoned from one and two of its items"
-    parts,restore = _as_set(model)
     def run(n):
         if there is None: return model(x[:n])
         with seeded(0, device=x[0].device): return model(x[:n], there[:n])   # a detector draws boxes to learn from
     def kept():
         one,*two = [saved_bytes(lambda: run(n), model, x) for n in (1,2)[:len(x)]]
         return one+(two[0]-one)*(len(x)-1) if two else one
-    try:
+    with _as_set(model):
         model.train(there is not None)
         ours = kept()
-        for o in parts: o.set_reversible(False)
+        model.set_reversible(False)
         return ours,kept()
-    finally: restore()
 
 # %% ../../nbs/training/31b_progress.ipynb #0d3daf3d
 class PlainLog(Callback):

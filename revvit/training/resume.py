@@ -21,13 +21,15 @@ from ..models.checkpoints import save_checkpoint
 from ..models.files import CheckpointError, read_checkpoint
 from .distributed import from_first
 from .callbacks import is_searching, rate_scheduler, unwrapped
+from .recipes import Recipe
 
 # %% ../../nbs/training/34_resume.ipynb #55a8c100
 def _identity(learn):
     "What must be equal for one learner to continue the run of another"
     amp = getattr(getattr(learn, 'mixed_precision', None), 'amp_mode', None)
-    return dict(asdict(learn.recipe), seed=learn.seed_run.seed, steps=len(learn.dls.train),
-                amp=None if amp is None else str(amp.value), classes=list(map(str, learn.dls.vocab)))
+    return dict(asdict(learn.recipe), seed=learn.seed_run.seed, batches=len(learn.dls.train),
+                amp=None if amp is None else str(amp.value), classes=list(map(str, learn.dls.vocab)),
+                files=getattr(learn.dls, 'mark', None))
 
 # fastai's own tensor types are no plain content of a file
 def _plain(t): return torch.as_tensor(t).cpu().as_subclass(torch.Tensor)
@@ -114,6 +116,25 @@ class KeepState(Callback):
         self.since,self.due = monotonic(),False
 
 # %% ../../nbs/training/34_resume.ipynb #29e1921f
+def _numbers(mark): return f"{mark['training']} training files and {mark['held out']} held out"
+
+def _check_same(mine, theirs, path):
+    "Refuse the state of a run that is not this one; a longer one may go on from it"
+    longer = ('epochs','warmup_epochs','steps') if mine['epochs']>theirs['epochs'] else ()
+    if 'batches' not in theirs: theirs = {**theirs, 'batches': theirs['steps'], 'steps': mine['steps']}   # older
+    theirs = {k: theirs.get(k, getattr(Recipe, k, mine[k])) for k in mine}   # an older version did not know all
+    for k in sorted(mine, key=lambda k: k not in ('data','classes','files')):   # these explain what else differs
+        if k in longer or mine[k]==theirs[k]: continue
+        if k=='data':
+            raise ValueError(f"{path} belongs to a run on {theirs[k]}, and this one is on {mine[k]}: "
+                             "give the folder and the recipe of that run again")
+        if k=='files':
+            a,b = map(_numbers, (theirs[k],mine[k]))
+            raise ValueError(f"{path} belongs to a run on {a}, and here are "
+                             f"{b if a!=b else 'as many, with other names or labels'}: to go on with these begin a new "
+                             "run, with --weights and its checkpoint")
+        raise ValueError(f"{path} belongs to another run: its {k} is {theirs[k]!r}, here it is {mine[k]!r}")
+
 def _unchunked(args):
     "Arguments of a model, or of a detector and its backbone, without chunks"
     def at(k, v): return None if k=='chunk' else _unchunked(v) if isinstance(v, dict) else v
@@ -122,16 +143,7 @@ def _unchunked(args):
 def _restore(learn, content):
     "Put weights and optimizer of a state into a learner"
     t,model = content['extra'],learn.model.to(learn.dls.device)
-    mine,theirs = _identity(learn),t['run']
-    longer = mine['epochs']>theirs['epochs']
-    for k in mine:
-        if longer and k in ('epochs','warmup_epochs','steps'): continue
-        if mine[k]!=theirs.get(k, getattr(type(learn.recipe), k, None)):   # an older version did not know all
-            if k=='data':
-                raise ValueError(f"{content['path']} belongs to a run on {theirs[k]}, and this one is on {mine[k]}: "
-                                 "give the folder and the recipe of that run again")
-            raise ValueError(f"{content['path']} belongs to another run: its {k} is {theirs.get(k)!r}, "
-                             f"here it is {mine[k]!r}")
+    _check_same(_identity(learn), t['run'], content['path'])
     # chunks may change when memory does, and an older version did not know all arguments
     usual = {k: o.default for k,o in inspect.signature(type(model)).parameters.items()}
     theirs,mine = ({**usual, **_unchunked(o)} for o in (content['model_args'], model.model_args))
@@ -186,7 +198,16 @@ def before_epoch(self:KeepState):
 
 @patch
 def after_fit(self:KeepState):
-    if not self._stands_aside(): self.pending = None   # all epochs were done before
+    if self._stands_aside() or self.pending is None: return
+    self.pending = None   # all epochs were done before
+    if not rank_distrib() and hasattr(self.learn, 'save_checkpoint'): self._mend_checkpoint()
+
+@patch
+def _mend_checkpoint(self:KeepState):
+    "Write the checkpoint of a run that is done, if it was lost since"
+    like,avg = self.learn.save_checkpoint,getattr(self.learn, 'weight_average', None)
+    try: read_checkpoint(like.path)
+    except CheckpointError: save_checkpoint(avg.ema.module if avg else self.model, like.path, **like.kwargs)
 
 @patch
 def _begin(self:KeepState):

@@ -83,12 +83,16 @@ def changed_recipe(
 # %% ../../nbs/use/45b_choices.ipynb #ca1c1193
 def _is_file(weights): return weights.exists() or weights.suffix in ('.pth','.pyth','.pt','.safetensors')
 
+def _published(weights): return model_name(str(weights)).split('.')[0]
+
 def fit_to_weights(
     r:Recipe, # For one's own data
     weights:Path, # File of weights, or the name of published ones
 )->Recipe: # With the model and the input size of these weights
     "A recipe for the model that weights are for"
-    if not _is_file(weights): return replace(r, model=model_name(str(weights)).split('.')[0])
+    if not _is_file(weights):
+        _other_model(r, name := _published(weights))   # refuses what is not ours, or is for other data
+        return replace(r, model=name)
     content = read_checkpoint(weights)
     if content.get('format')!='revvit': return replace(r, model=recognise_model(weights, content)[0])
     if r.detector is not None: return _fit_detector(r, content)
@@ -125,6 +129,9 @@ def start_from(
     "Fill a model from a file, or from published weights by name"
     if _is_file(weights):
         return load_checkpoint(model, weights, new_head=new_head, new_size=new_size)
+    name,mine = _published(weights),(getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
+    if mine and name!=mine:   # before it is fetched
+        raise ValueError(f"{weights} is for a {name}, and the model is a {mine}: give its --model, or other weights")
     published = get_model(str(weights), device='cpu')
     with tempfile.TemporaryDirectory() as folder:
         file = save_checkpoint(published, Path(folder)/f'{weights.name}.pth')

@@ -142,7 +142,8 @@ def _check_words(args):
     "Refuse addresses, and numbers of which at least one is needed"
     for o in args.values():
         if isinstance(o, Path): check_local(o)
-    at_least_1 = 'top views chunk batch_size threads epochs accumulate save_steps log_every validate_every'
+    at_least_1 = ('top views chunk batch_size threads epochs accumulate img_size frames save_steps log_every '
+                  'validate_every')
     for k in at_least_1.split():
         if args.get(k) is not None and args[k]<1: raise ValueError(f"{k} must be 1 or more, got {args[k]}")
     if (args.get('workers') or 0)<0: raise ValueError(f"workers must be 0 or more, got {args['workers']}")
@@ -188,6 +189,8 @@ def command(
     @_no_word_of_half_made()
     def _run(argv=None):
         warnings.filterwarnings('ignore', category=FutureWarning)   # fastai and timm still use torch.jit
+        warnings.filterwarnings('ignore', 'Image size .* exceeds limit')   # Pillow's, of more than 89 megapixels
+        if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')   # names of files
         try:
             if signal.getsignal(signal.SIGINT) is revvit._interrupted:
                 signal.signal(signal.SIGINT, signal.default_int_handler)

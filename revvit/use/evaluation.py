@@ -228,6 +228,7 @@ def check_report(
     if path.suffix not in endings: raise ValueError(f"{path}: the name must end in {' or '.join(endings)}")
     if not path.parent.is_dir(): raise ValueError(f"{path}: there is no folder {path.parent}")
     if path.exists(): raise ValueError(f"{path}: there is such a file already: choose another name, or remove it")
+    if not os.access(path.parent, os.W_OK): raise ValueError(f"{path}: nothing may be written in {path.parent}")
 
 def _table(path, rows):
     "Write rows as CSV; a name that is no UTF-8 keeps its bytes as escapes"
@@ -260,7 +261,8 @@ def write_confusion(
     few = len(names)<=40   # more have no room for names and numbers
     side = max(4, .45*len(names)) if few else 10
     ax = Figure(figsize=(side+1,side), layout='constrained').subplots()
-    show = ConfusionMatrixDisplay(m, display_labels=names if few else None)
+    plain = [o.encode('utf8', 'backslashreplace').decode().replace('$', r'\$') for o in names]   # no formulas
+    show = ConfusionMatrixDisplay(m, display_labels=plain if few else None)
     show.plot(ax=ax, cmap='Blues', xticks_rotation=90 if few else None, include_values=few, colorbar=not few)
     ax.set(title=f"{len(judged['label'])} files", xlabel='taken for', ylabel='is')
     if not few: ax.set(xticks=[], yticks=[])

@@ -44,7 +44,7 @@ def name_classes(
     path:Path, # Text file with a name a line, in the order of the logits
 ):
     "Call the classes of `model` what a text file says"
-    try: names = [o.strip() for o in path.read_text(encoding='utf8').splitlines() if o.strip()]
+    try: names = [o.strip() for o in path.read_text('utf-8-sig').splitlines() if o.strip()]   # some write a mark first
     except UnicodeDecodeError as e: raise ValueError(f"{path}: not a text file") from e
     if len(names)!=model.num_classes:
         raise ValueError(f"{path} has {len(names)} names, but the model has {model.num_classes} classes")

@@ -58,7 +58,8 @@ def _save_arrays(path, arrays):
     "Write a NumPy archive of `arrays`, a dictionary by name"
     with replacing(path) as f, zipfile.ZipFile(f, 'w') as z:
         for k,v in arrays.items():
-            with z.open(f'{k}.npy', 'w') as array: np.save(array, v)
+            name = k.encode('utf8', 'backslashreplace').decode()   # of a file, which may be no UTF-8
+            with z.open(f'{name}.npy', 'w') as array: np.save(array, v)
 
 def _check_out(path):
     "Refuse a file that could not be written, before the work, and remove an old one"
@@ -199,10 +200,10 @@ def revvit_test(test:TestData, which:WhichModel, look:Looking, say:Report):
     from revvit.use.inference import check_amp, class_names
     from revvit.use.reader import is_detector
     check_amp(look.amp)
-    if test.on_bad is None: test.on_bad = run_setting(which.weights, 'on_bad', 'raise')
     if say.confusion: check_report(say.confusion, ('.png','.csv'))
     if say.predictions: check_report(say.predictions, ('.csv',))
     m = _model_for(which, look.device, 'revvit_test')
+    if test.on_bad is None: test.on_bad = run_setting(which.weights, 'on_bad', 'raise')
     workers = min(8, os.cpu_count() or 1) if look.workers is None else look.workers
     if is_detector(m):
         from revvit.use.detect import test_things
@@ -215,6 +216,7 @@ def revvit_test(test:TestData, which:WhichModel, look:Looking, say:Report):
     judged,names = judge(m, dl, amp=look.amp),class_names(m)
     if dl.faults: tell(f"{len(dl.faults)} of {len(dl.dataset)} files cannot be read and are not counted: "
                        f"{'; '.join(dl.faults[:3])}{'; ...' if dl.faults[3:] else ''}", name='revvit_test')
+    # the answer first: a disk may be full
+    _print_report(test.data, accuracy(judged), per_class(judged, names) if say.per_class else [], dl.faults, say.json)
     if say.confusion: write_confusion(say.confusion, judged, names)
     if say.predictions: write_predictions(say.predictions, dl.files_read, judged, names)
-    _print_report(test.data, accuracy(judged), per_class(judged, names) if say.per_class else [], dl.faults, say.json)

@@ -15,7 +15,7 @@ from fastcore.basics import store_attr
 from ..core.device import allow_tf32, pick_device
 from ..models.files import write_file
 from .command import FlagGroup, all_flags, command
-from .runs import (accuracy_line, claim_run, config_text, fit_run, held_out_line, recipe_settings,
+from .runs import (accuracy_line, begun_with, claim_run, config_text, fit_run, held_out_line, recipe_settings,
     run_config, sample_digit, set_modes, write_held_out)
 
 # %% ../../nbs/use/46_train.ipynb #d2ca001d
@@ -117,7 +117,7 @@ def _train(r, flags):
             part = f"after step {t['step']} of" if t['step'] else 'with'
             on = f"goes on {part} epoch {t['epoch']+1}"
             print(f"{out}: {on if t['epoch']<r.epochs else done}")
-        cfg = run_config(r, learn, **told)
+        cfg = run_config(r, learn, **begun_with(out, told))
         print(config_text(cfg))
         write_file(out/'config.json', dumps(cfg, indent=1))
         if r.data in ('images','clips'): write_held_out(out, learn.dls.held)
@@ -142,7 +142,8 @@ def _finish(learn, r, flags, took):
         sample = folder/(folder/'val.csv').read_text().split()[0]
     else:
         best = accuracy_line(out, r, out/'held-out.csv', _own_data(r, flags)[1]['workers'], device, flags.on_bad)
-        sample = next(iter(learn.dls.held))
+        bad = {*learn.dls.valid.bad_items()}
+        sample = next(o for o in learn.dls.held if o not in bad)
     print(f"{best}, {took:.0f} s of training; in {out}: {', '.join(sorted(o.name for o in out.iterdir()))}")
     if sample: print(f"Now try: revvit_predict {shlex.quote(str(sample))}{elsewhere}")
 
