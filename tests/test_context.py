@@ -1,6 +1,7 @@
 """What F and G are given beside their stream: rotary tables, masks, a memory that needs a gradient.
 The judge is ordinary autograd."""
 import copy, warnings
+from typing import NamedTuple
 
 import pytest, torch
 from torch import nn
@@ -202,3 +203,24 @@ def test_none_is_as_good_as_not_given():
     seq,(xs,context,learned) = stack(2, 0, 2),things(2)
     context,learned = {k:v for k,v in context.items() if k!='time'},[learned[0],*learned[2:]]
     assert same(answers(seq, xs, context|dict(time=None), learned), answers(seq, xs, context, learned))
+
+class Pair(NamedTuple):
+    scale:torch.Tensor
+    shift:torch.Tensor
+
+class Modulated(nn.Module):
+    "A linear layer whose input is scaled and shifted as each image says"
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(D, D)
+    def forward(self, x, pair): return self.lin(x*pair.scale+pair.shift)
+
+@pytest.mark.parametrize('chunk', [1,2,None])
+def test_a_named_tuple_is_cut_as_a_tuple_is(chunk):
+    torch.manual_seed(0)
+    blocks = [ReversibleBlock(Modulated(), nn.Linear(D, D), f_takes=['pair']) for _ in range(3)]
+    seq = ReversibleSequence(blocks, chunk).to(DEVICE, torch.float64)
+    learned = [torch.randn(5, 1, D, dtype=torch.float64, device=DEVICE, requires_grad=True) for _ in range(2)]
+    xs = [torch.randn(5, 3, D, dtype=torch.float64, device=DEVICE, requires_grad=True) for _ in range(2)]
+    context = dict(pair=PerImage(Pair(*learned)))
+    assert error(answers(seq, xs, context, learned), answers(seq, xs, context, learned, on=False)) < 1e-12

@@ -20,7 +20,7 @@ from .replay import *
 class PerImage:
     "A context argument that is cut as the images are"
     def __init__(self,
-        value, # Tensor with images first, or a tuple, list or dict of such
+        value, # Tensor with images first, or a tuple (named or not), list or dict of such
     ): self.value = value
 
 class PerBlock:
@@ -44,6 +44,7 @@ def _mapped(o, kind, fn):
     "`o`, with `fn` of everything in it that is of a kind"
     if isinstance(o, kind): return fn(o)
     if type(o) in (tuple,list): return type(o)(_mapped(v, kind, fn) for v in o)
+    if isinstance(o, tuple) and hasattr(o, '_fields'): return type(o)(*(_mapped(v, kind, fn) for v in o))   # named
     return {k: _mapped(v, kind, fn) for k,v in o.items()} if type(o) is dict else o
 
 def tensors_given(
