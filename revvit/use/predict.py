@@ -182,12 +182,13 @@ def _counted(test, weights):
              "divided; it may have been trained on some of them", name='revvit_test')
     return held
 
-def _print_report(data, res, classes, faults, json):
+def _print_report(data, res, names, classes, faults, json):
     "What a test found, as text or as JSON"
+    from revvit.use.evaluation import accuracy_words
     if faults: res['skipped'] = len(faults)
     if json: return print(dumps(dict(data=str(data), **res, **({'classes':classes} if classes else {})), indent=1))
-    print(f"top-1 {100*res['top1']:.2f} %, top-5 {100*res['top5']:.2f} %, loss {res['loss']:.4f}; "
-          f"{res['n']} files in {data}{f', {len(faults)} left out' if faults else ''}")
+    print(f"{accuracy_words(res, len(names))}, loss {res['loss']:.4f}; {res['n']} files in {data}"
+          f"{f', {len(faults)} left out' if faults else ''}")
     for o in classes: print(f"{o['class']}: top-1 {100*o['top1']:.2f} %, {o['n']} files")
 
 # %% ../../nbs/use/47_predict.ipynb #9c70b022
@@ -217,6 +218,7 @@ def revvit_test(test:TestData, which:WhichModel, look:Looking, say:Report):
     if dl.faults: tell(f"{len(dl.faults)} of {len(dl.dataset)} files cannot be read and are not counted: "
                        f"{'; '.join(dl.faults[:3])}{'; ...' if dl.faults[3:] else ''}", name='revvit_test')
     # the answer first: a disk may be full
-    _print_report(test.data, accuracy(judged), per_class(judged, names) if say.per_class else [], dl.faults, say.json)
+    classes = per_class(judged, names) if say.per_class else []
+    _print_report(test.data, accuracy(judged), names, classes, dl.faults, say.json)
     if say.confusion: write_confusion(say.confusion, judged, names)
     if say.predictions: write_predictions(say.predictions, dl.files_read, judged, names)

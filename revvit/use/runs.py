@@ -249,10 +249,10 @@ def accuracy_line(
 )->str:
     "One line on how good the checkpoint in `out` is"
     from revvit.models.checkpoints import load_model
-    from revvit.use.evaluation import eval_loader, evaluate
+    from revvit.use.evaluation import accuracy_words, eval_loader, evaluate
     m = load_model(out/'checkpoint.pth').to(device)
     dl = eval_loader(m, data, workers=workers or 0, on_bad=on_bad)
     res = evaluate(m, dl)
     views = ", 5 views each" if r.data!='images' else ""
     out = f" ({len(dl.faults)} more cannot be read)" if dl.faults else ""
-    return f"top-1 {100*res['top1']:.2f} %, top-5 {100*res['top5']:.2f} % of {res['n']} held-out files{out}{views}"
+    return f"{accuracy_words(res, m.num_classes)} of {res['n']} held-out files{out}{views}"
