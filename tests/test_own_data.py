@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np, pytest, timm, torch
 from PIL import Image
 import revvit
-from revvit.data.class_folders import folder_files, part_folders
+from revvit.data.class_folders import folder_files, kind_of_data, part_folders
 from revvit.data.images import image_dls
 from revvit.data.loader import EpochDL, UnreadableFile
 from revvit.training.learner import learner
@@ -279,3 +279,59 @@ def test_dollars_in_names_of_classes(here, capfd):
 def test_a_size_of_nothing(flag, here, capfd):
     _,err = said(capfd, 2, revvit_train, '--data', photos(here/'photos'), flag, 0)
     assert f"{flag} must be 1 or more, got 0" in err
+
+# --- what a run says of its data afterwards
+
+def test_the_own_training_part_is_not_held_out(here, capfd):
+    "Files of one name in both parts"
+    train(capfd, '--data', divided(here/'photos'), '--out', 'run')
+    given = ['--weights','run','--workers',0]
+    for part in ('photos','photos/val'):
+        _,err = said(capfd, 0, revvit_test, '--data', part, *given)
+        assert 'may have been trained on' not in err
+    _,err = said(capfd, 0, revvit_test, '--data', 'photos/train', *given)
+    assert 'it may have been trained on some of them' in err and 'counted are' not in err
+    _,err = said(capfd, 2, revvit_test, '--data', 'photos/train', '--part', 'held-out', *given)
+    assert 'no held-out.csv beside the weights names files of it' in err
+
+def test_a_copy_of_a_folder_that_the_run_divided(here, capfd):
+    train(capfd, '--data', photos(here/'photos'), '--out', 'run')
+    shutil.copytree(here/'photos', here/'copy')
+    _,err = said(capfd, 0, revvit_test, '--data', 'copy', '--weights', 'run', '--workers', 0)
+    assert 'counted are the 2 files that the run in run held out' in err
+
+def test_results_among_the_classes(here, capfd, monkeypatch):
+    photos(here/'photos')
+    _,err = train(capfd, '--data', 'photos', '--out', 'photos/run', code=2)
+    assert "--out 'photos/run' would stand among the class folders in photos" in err
+    monkeypatch.chdir(here/'photos')
+    _,err = said(capfd, 2, revvit_train, '--recipe', '../tiny.json', '--data', '.')
+    assert "--out 'runs' would stand among the class folders in ." in err
+    assert sorted(o.name for o in (here/'photos').iterdir())==['cat','dog']
+
+def test_a_run_seen_from_elsewhere(here, capfd, monkeypatch):
+    "The same files by another path"
+    train(capfd, '--data', divided(here/'photos'), '--out', 'run')
+    monkeypatch.chdir(here/'photos')
+    out,_ = said(capfd, 0, revvit_train, '--recipe', '../tiny.json', '--data', '.', '--out', '../run', '--resume',
+                 '--epochs', 3, '--workers', 0)
+    assert 'goes on with epoch 3' in out
+
+def test_a_run_that_died_before_its_first_state_begins_again(here, capfd):
+    "Whatever number of threads PyTorch chose"
+    train(capfd, '--data', divided(here/'photos'), '--out', 'run')
+    for o in (here/'run').iterdir():
+        if o.name not in ('config.json','held-out.csv'): o.unlink()
+    out,_ = train(capfd, '--data', 'photos', '--out', 'run', '--resume')
+    assert 'stopped before its first state, so the run begins again' in out
+    out,_ = said(capfd, 0, revvit_train, '--recipe', 'run/config.json', '--data', 'photos', '--out', 'run', '--resume')
+    assert 'all 2 epochs are done' in out
+
+def test_two_reports_in_one_file(here, capfd):
+    train(capfd, '--data', photos(here/'photos'))
+    _,err = said(capfd, 2, revvit_test, '--data', 'photos', '--predictions', 'p.csv', '--confusion', 'p.csv')
+    assert 'p.csv: one file cannot hold the confusion matrix and the predictions' in err and not Path('p.csv').exists()
+
+def test_videos_of_a_list_are_counted_by_lines_that_say_something(tmp_path):
+    for o in ('train','val'): (tmp_path/f'{o}.csv').write_text('a.mp4 0\n\nb.mp4 1')
+    assert kind_of_data(tmp_path)==('clips',2)

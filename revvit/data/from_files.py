@@ -130,7 +130,8 @@ def data_mark(
     above = os.path.commonprefix([str(o) for part in (train,held) for o in part]).rpartition(os.sep)[0]
     mark = blake2b(digest_size=8)
     for part in (train,held):
-        for path,label in part.items(): mark.update(os.fsencode(f'{str(path)[len(above):]}\0{label!r}\0'))
+        for path,label in part.items():
+            mark.update(os.fsencode(f'{str(path)[len(above):].lstrip(os.sep)}\0{label!r}\0'))
         mark.update(b'\n')
     return dict({'training': len(train), 'held out': len(held)}, digest=mark.hexdigest())
 

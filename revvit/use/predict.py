@@ -201,6 +201,8 @@ def revvit_test(test:TestData, which:WhichModel, look:Looking, say:Report):
     from revvit.use.inference import check_amp, class_names
     from revvit.use.reader import is_detector
     check_amp(look.amp)
+    if say.confusion and say.confusion==say.predictions:
+        raise ValueError(f"{say.confusion}: one file cannot hold the confusion matrix and the predictions")
     if say.confusion: check_report(say.confusion, ('.png','.csv'))
     if say.predictions: check_report(say.predictions, ('.csv',))
     m = _model_for(which, look.device, 'revvit_test')

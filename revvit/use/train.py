@@ -15,7 +15,7 @@ from fastcore.basics import store_attr
 from ..core.device import allow_tf32, pick_device
 from ..models.files import write_file
 from .command import FlagGroup, all_flags, command
-from .runs import (accuracy_line, begun_with, claim_run, config_text, fit_run, held_out_line, recipe_settings,
+from .runs import (accuracy_line, begun_with, check_outside, claim_run, config_text, fit_run, held_out_line, recipe_settings,
     run_config, sample_digit, set_modes, write_held_out)
 
 # %% ../../nbs/use/46_train.ipynb #d2ca001d
@@ -51,6 +51,7 @@ def _own_data(r, flags):
         raise ValueError("--allow-shared is for folders of classes: leave it out for things to detect")
     if not r.data.endswith('digits') and workers is None:
         workers = max(1, min(16, os.cpu_count()//int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+    if r.data in ('images','clips') and data: check_outside(flags.out, data)
     if root and r.data!='clips': raise ValueError(f"--root is for lists of videos: leave it out for {r.data}")
     return data,dict(workers=workers or 0, on_bad=flags.on_bad, **({'root': str(root)} if root else {}),
                      **({'allow_shared': True} if flags.allow_shared else {}))
