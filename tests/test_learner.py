@@ -98,6 +98,23 @@ def test_what_means_layers_is_refused(f, args, said):
     assert all(map(torch.equal, was, learn.model.parameters()))
     assert all(o.requires_grad for o in learn.model.parameters())
 
+@pytest.mark.parametrize('average', [None, .9])
+def test_what_was_frozen_does_not_stay_so_without_a_word(average):
+    learn = make(replace(plain, freeze='backbone', average=average))
+    quiet(learn, 'fit', 1)
+    with pytest.raises(ValueError, match=r'model.requires_grad_\(True\) and fit\(..., reset_opt=True\)'): learn.unfreeze()
+    (learn.weight_average.trained if average else learn.model).requires_grad_(True)
+    with pytest.raises(ValueError, match='tensors that need gradients, .*, are not among those that the optimizer was'):
+        quiet(learn, 'fit', 1)
+    if average: return
+    was = [o.clone() for o in learn.model.parameters()]
+    quiet(learn, 'fit', 1, reset_opt=True)
+    assert not any(map(torch.equal, was, learn.model.parameters()))
+
+def test_an_optimizer_of_the_average_trains_nothing_and_is_refused():
+    learn = quiet(make(replace(plain, average=.9)), 'fit', 1)
+    with pytest.raises(ValueError, match='make a new learner'): quiet(learn, 'fit', 1, reset_opt=True)
+
 def test_the_remedy_for_freezing_works():
     learn = make()
     learn.model.requires_grad_(False)

@@ -149,6 +149,20 @@ def test_R40_a_batch_of_torn_items_moves_no_other(workers):
     assert_close(left, [whole[0], whole[2]], rtol=0, atol=0)
 
 @pytest.mark.parametrize('workers', [0,2])
+@pytest.mark.parametrize('bs', [1,2])
+def test_each_process_has_its_step(bs, workers):
+    "Where nothing of a batch can be read in one of three processes the others would wait for it for ever"
+    torn = [0,1,2,5,6,7,8]
+    def passes(**kw):
+        return [[o[:,0].int().tolist() for o in EpochDL(Items(12, torn), bs=bs, num_workers=workers, on_bad='skip',
+                                                        rank=rank, world=3, **kw)] for rank in range(3)]
+    training,_ = warned(lambda: passes(drop_last=True))
+    assert {len(o) for o in training}=={12//3//bs} and not {i for o in training for b in o for i in b}&{*torn}
+    assert all(o for p in training for o in p)
+    held,_ = warned(passes)   # of which each item counts once
+    assert sorted(i for p in held for b in p for i in b)==[3,4,9,10,11]
+
+@pytest.mark.parametrize('workers', [0,2])
 def test_R35_raise_leaves_no_worker(workers):
     with pytest.raises(UnreadableFile, match='item [34]: torn'): list(loader(workers, on_bad='raise'))
     gc.collect()

@@ -10,7 +10,9 @@ from fastai.vision.all import Callback, defaults
 from revvit.use import cli
 from revvit.models.checkpoints import load_model
 from revvit.models.files import read_checkpoint, write_checkpoint
-from revvit.training.resume import states
+from revvit.data.digits import digits_dls
+from revvit.training.learner import learner
+from revvit.training.resume import keep_state, states
 from revvit.training.recipes import recipes
 from test_training import end_of, same, small, spawn, wait
 
@@ -201,3 +203,32 @@ def test_a_state_of_an_older_version(here, tmp_path):
     for k in ('layer_decay', 'backbone_lr', 'freeze', 'accumulate', 'pretrained'): del c['extra']['run'][k]
     write_checkpoint(tmp_path/'run/state-1.pth', c)
     assert here('--out', 'run', '--epochs', '2', '--resume')[0] == 0
+
+# ---------------------------------------------------------------- a folder with states of something else
+
+def kept(folder, **kw):
+    "A learner that keeps its states in `folder`"
+    return keep_state(learner(digits_dls(bs=256, device='cpu'), replace(short, warmup_epochs=0)), folder, **kw)
+
+def fit(learn, n, stop=None):
+    class Stop(Callback):
+        order = 90
+        def before_epoch(self):
+            if self.epoch==stop: raise KeyboardInterrupt
+    with learn.no_bar(), learn.no_logging(): learn.fit(n, cbs=Stop())
+
+def test_a_new_run_does_not_mix_its_states_with_old_ones(tmp_path):
+    "The newest of them would be the old run's, however far the new one is"
+    fit(kept(tmp_path), 2)
+    before = {o: o.read_bytes() for o in states(tmp_path)}
+    with pytest.raises(ValueError, match='state-2.pth is the state of another run, .*: resume=True goes on with it'):
+        kept(tmp_path)
+    assert {o: o.read_bytes() for o in states(tmp_path)}==before
+    fit(kept(tmp_path, resume=True), 2)
+
+def test_a_second_fit_has_states_of_its_own(tmp_path):
+    learn = kept(tmp_path)
+    fit(learn, 2)
+    assert names(tmp_path)==['state-1.pth','state-2.pth']
+    with pytest.raises(KeyboardInterrupt): fit(learn, 2, stop=1)
+    assert names(tmp_path)==['state-1.pth']

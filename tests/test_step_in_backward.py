@@ -245,3 +245,42 @@ def test_several_processes_and_scales():
                                          (dict(accumulate=2), 'accumulate=2, the sum over several batches')])
 def test_recipes_that_need_all_gradients(change, said):
     with pytest.raises(ValueError, match=f'step_in_backward=True does not go with {said}'): replace(early, **change)
+
+class Ends(Callback):
+    "End a fit in its second step, in the backward pass or after it"
+    order = 99
+    def __init__(self, learn, inside): self.inside,self.p = inside,next(learn.model.parameters())
+    def hooked(self, p):
+        if self.train_iter==1: raise KeyboardInterrupt
+    def before_fit(self):
+        self.handle = self.p.register_post_accumulate_grad_hook(self.hooked) if self.inside else None
+    def after_step(self):
+        if not self.inside and self.train_iter==1: raise KeyboardInterrupt
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('inside', [True, False])
+def test_a_fit_that_was_ended_leaves_no_step_behind(inside):
+    "Neither in a backward pass of one's own, nor in another learner, nor in the next fit of this one"
+    r = replace(recipes['digits'], epochs=1, batch_size=256, warmup_epochs=0, clip=None, step_in_backward=True,
+                model_args=dict(patch_size=4, embed_dim=16, num_heads=2, depth=2))
+    def learner(model=None, **kw):
+        return revvit.learner(revvit.digits_dls(bs=256, device='cpu'), replace(r, **kw), model)
+    def fit(learn, *cbs, **kw):
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=list(cbs), **kw)
+        return [o.detach().clone() for o in learn.model.parameters()]
+    learn = learner()
+    end = Ends(learn, inside)
+    with pytest.raises(KeyboardInterrupt): fit(learn, end)
+    if inside: end.handle.remove()
+    learn.remove_cb(end)   # fastai leaves what a fit was given
+    model,was = learn.model,copy.deepcopy(learn.model.state_dict())
+    x,y = (o.as_subclass(torch.Tensor) for o in learn.dls.train.one_batch())
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    assert all(torch.equal(v, was[k]) for k,v in model.state_dict().items())
+    model.zero_grad()
+    clean = learner().model
+    clean.load_state_dict(was)
+    for kw in (dict(step_in_backward=False), dict()):
+        ours,theirs = learner(copy.deepcopy(clean), **kw),learner(model, **kw)
+        assert all(map(torch.equal, fit(ours), fit(theirs)))
+        model.load_state_dict(was)

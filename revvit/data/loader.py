@@ -144,7 +144,11 @@ class _Epoch(Dataset):
     "The items of one epoch, for the worker processes"
     def __init__(self, dl, epoch): self.dl,self.epoch = dl,epoch
     def __getitems__(self, idxs):
-        with seeded(0): return [self.dl._read(i, self.epoch) for i in idxs]   # saving states takes longer than seeding
+        with seeded(0):   # saving states takes longer than seeding
+            items,dl = [self.dl._read(i, self.epoch) for i in idxs],self.dl
+            if dl.world==1 or not dl.drop_last or any(o is not None for o in items): return items
+            others = (dl._read(i%dl.n, self.epoch) for i in range(idxs[-1]+1, idxs[-1]+dl.n))
+            return [next((o for o in others if o is not None), None)]
     def collate(self, items):
         items = [o for o in items if o is not None]
         return self.dl.do_batch(items) if items else None
@@ -206,7 +210,8 @@ def _arrive(self:EpochDL, epoch, batches):
 @patch
 def __iter__(self:EpochDL):
     epoch,start,known,batches = self.epoch,self.batch,int(self.bad.sum()),self._batches()
-    self.epoch,self.batch,none = epoch+1,0,bool(batches) and not start
+    self.epoch,self.batch = epoch+1,0
+    none = bool(batches) and not start and (self.world==1 or self.drop_last)   # held-out items are few for several
     self.before_iter()
     for k,b in enumerate(self._arrive(epoch, batches), start):
         if b is None: continue

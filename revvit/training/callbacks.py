@@ -42,13 +42,25 @@ def _first_bad(named):
         return f"{name} (items {', '.join(map(str, rows[:5]))}{', ...' if len(rows)>5 else ''} of the batch)"
 
 # %% ../../nbs/training/31_callbacks.ipynb #1a2a617f
+def _check_held(learn):
+    "Refuse to train what the optimizer does not hold"
+    avg = getattr(getattr(learn, 'weight_average', None), 'trained', None)
+    held = {id(p) for o in learn.opt.param_lists for p in o}
+    named = unwrapped(learn.model if avg is None else avg).named_parameters()
+    if not (lost := [n for n,p in named if p.requires_grad and id(p) not in held]): return
+    how = "fit(..., reset_opt=True) makes another one" if avg is None else "make a new learner"
+    raise ValueError(f"{len(lost)} tensors that need gradients, {', '.join(lost[:3])}{', ...' if lost[3:] else ''}, are "
+                     f"not among those that the optimizer was made for: {how}")
+
 class StopOnNonFinite(Callback):
     "Stop before the optimizer step when the loss or a gradient is not finite; shorten a gradient that is too long"
     order,run_valid = MixedPrecision.order+.5,False
     def __init__(self,
         clip:float|None=None, # Longest gradient, as the norm over all parameters; None for no limit
     ): self.clip = clip
-    def before_fit(self): self.late,self.bad,self.sent = _reads_late(self.learn),None,None
+    def before_fit(self):
+        _check_held(self.learn)
+        self.late,self.bad,self.sent = _reads_late(self.learn),None,None
     def after_loss(self):
         if self.late or torch.isfinite(self.loss.detach()).all(): return
         if is_searching(self.learn): raise CancelFitException()

@@ -27,11 +27,10 @@ from .eight_bit import eight_bit_adamw
 class _AdamW(OptimWrapper):
     "AdamW whose groups stand for weight decay"
     def freeze_to(self, n):
-        if n:
-            raise ValueError("freeze and fine_tune take parameter groups for layers, but this learner's two are for "
-                             "weight decay: freeze with model.requires_grad_(False) and "
-                             "model.head.requires_grad_(True), then fit")
-        super().freeze_to(n)
+        free = "" if n else "; to train all again, model.requires_grad_(True) and fit(..., reset_opt=True)"
+        raise ValueError("freeze, unfreeze and fine_tune take parameter groups for layers, but this learner's two are "
+                         "for weight decay: freeze with model.requires_grad_(False) and "
+                         f"model.head.requires_grad_(True), then fit{free}")
     def set_hyper(self, k, v):
         if isinstance(v, slice):
             raise ValueError(f"a range of rates, {v}, is for groups of layers, but this learner's two groups are for "

@@ -92,7 +92,7 @@ class KeepState(Callback):
         minutes:float|None=None, # Time between states within an epoch; None for none
     ):
         self.folder,self.every,self.keep,self.minutes = Path(folder),every,keep,minutes
-        self.pending,self.trained = None,False
+        self.pending,self.trained,self.written = None,False,[]
     def before_train(self):
         self.trained,self.step,self.since = not is_searching(self.learn),self._begin(),monotonic()
         self.due = False
@@ -112,6 +112,7 @@ class KeepState(Callback):
         avg,like = getattr(self.learn, 'weight_average', None),getattr(self.learn, 'save_checkpoint', None)
         save_checkpoint(unwrapped(avg.trained if avg else self.model), _file(self.folder, epoch, step),
                         **(like.kwargs if like else {}), extra=_progress(self.learn, epoch, step))
+        self.written.append(_file(self.folder, epoch, step))
         for o in states(self.folder)[self.keep:]: o.unlink(missing_ok=True)
         self.since,self.due = monotonic(),False
 
@@ -163,7 +164,11 @@ def _stands_aside(self:KeepState): return self.learn.lock.locked() or is_searchi
 
 @patch
 def before_fit(self:KeepState):
-    if (t:=self.pending) is None or self._stands_aside(): return
+    if self._stands_aside(): return
+    if (t:=self.pending) is None:
+        for o in self.written: o.unlink(missing_ok=True)   # of a fit before this one
+        self.written.clear()
+        return
     planned = t['run']['epochs']
     if self.n_epoch!=max(planned, self.learn.recipe.epochs):
         raise ValueError(f"the run was planned for {planned} epochs and cannot go on with {self.n_epoch}: "
@@ -246,7 +251,11 @@ def keep_state(
     if minutes is not None and not 0<minutes<math.inf:
         raise ValueError(f"minutes must be a number above 0, got {minutes}")
     folder = Path(learn.path if folder is None else folder)
+    if not resume and (old := from_first(lambda: [*map(str, states(folder))])):
+        raise ValueError(f"{old[0]} is the state of another run, which a later one would go on from: resume=True goes on "
+                         "with it; name another folder for a new run, or remove the states")
     learn.add_cb(KeepState(folder, every, keep, minutes))
+    if resume is True: learn.keep_state.written = states(folder)
     if resume:
         content = _read_by_all(folder if resume is True else resume)
         if content is not None: _restore(learn, content)

@@ -8,7 +8,8 @@ __all__ = ['step_early', 'StepInBackward']
 # %% ../../nbs/training/31d_step_in_backward.ipynb #62dcc99e
 import copy, torch
 from functools import partial
-from fastai.vision.all import CancelFitException, GradientAccumulation, GradientClip, num_distrib
+from fastai.vision.all import (CancelBackwardException, CancelFitException, GradientAccumulation, GradientClip,
+    num_distrib)
 from fastcore.basics import patch
 from .callbacks import StopOnNonFinite, is_searching, unwrapped
 
@@ -17,11 +18,12 @@ def step_early(
     opt:torch.optim.Optimizer, # Holds the parameters; its own `step` finds no gradients
     params, # Those that make their step early
     before=None, # Function of a parameter and its optimizer, called before its step
+    when=None, # Function that says whether steps are to be made now; None for always
 )->list: # Handles of the hooks
     "Let each parameter make its step when its gradient is there"
     params = {id(p) for p in params}
     def now(p, group, one):
-        if p.grad is None: return   # of a half whose result nobody used
+        if p.grad is None or when and not when(): return   # none of a half whose result nobody used
         one.state = opt.state   # loading a state makes a new one
         one.param_groups[0].update({k:v for k,v in group.items() if k!='params'})
         if before: before(p, one)
@@ -38,12 +40,20 @@ def step_early(
 class StepInBackward(StopOnNonFinite):
     "Step with each gradient as it comes, and stop before the first that is not finite"
     name = 'stop_on_non_finite'   # in whose place it stands
+    hooks,stepping = (),False
     def before_fit(self):
         super().before_fit()
         self._refuse()
         names = {id(p):n for n,p in unwrapped(self.model).named_parameters()}
-        self.hooks = step_early(self.opt.opt, self.model.parameters(), lambda p, one: self._look(names[id(p)], p, one))
+        for o in self.hooks: o.remove()   # of a fit that an error ended
+        self.hooks = step_early(self.opt.opt, self.model.parameters(), lambda p, one: self._look(names[id(p)], p, one),
+                                lambda: self.stepping)
     def before_batch(self): self.seen = []
+    def before_backward(self):
+        self.stepping = True
+        try: self.loss_grad.backward()
+        finally: self.stepping = False   # a backward pass of somebody else's moves no weight, whatever ended this one
+        raise CancelBackwardException()
     def _look(self, name, p, one):
         "Before a weight's step"
         norm = torch.linalg.vector_norm(p.grad)
