@@ -102,7 +102,7 @@ def test_what_means_layers_is_refused(f, args, said):
 def test_what_was_frozen_does_not_stay_so_without_a_word(average):
     learn = make(replace(plain, freeze='backbone', average=average))
     quiet(learn, 'fit', 1)
-    with pytest.raises(ValueError, match=r'model.requires_grad_\(True\) and fit\(..., reset_opt=True\)'): learn.unfreeze()
+    with pytest.raises(ValueError, match=r'requires_grad_\(True\) and fit\(..., reset_opt=True\)'): learn.unfreeze()
     (learn.weight_average.trained if average else learn.model).requires_grad_(True)
     with pytest.raises(ValueError, match='tensors that need gradients, .*, are not among those that the optimizer was'):
         quiet(learn, 'fit', 1)

@@ -1,5 +1,5 @@
 "Recipes: the published numbers typed again, what is refused, what follows from what, and the share of a process"
-import math, os
+import json, math, os
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -276,6 +276,30 @@ def test_recipe_files_that_are_none(text, said, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=said) as e: read_recipe(tmp_path/'r.json')
     assert str(e.value).startswith(str(tmp_path/'r.json'))
 
+@pytest.mark.parametrize('k,v,said', [('lr', None, 'lr must be a number, got None'), ('lr', '.1', "number, got '.1'"),
+    ('model', None, 'model must be a word'), ('image_cfg', [1], 'image_cfg must be settings by name, got (1,)'),
+    ('model_args', None, 'model_args must be settings by name'), ('epochs', '4', "must be a whole number, got '4'"),
+    ('epochs', True, 'must be a whole number, got True'), ('clip', 'none', "clip must be a number or null, got 'none'"),
+    ('betas', .9, 'betas must be a list, got 0.9'), ('threads', 1.5, 'threads must be a whole number or null, got 1.5'),
+    ('step_in_backward', 'yes', "must be true or false, got 'yes'"), ('detector', False, 'settings by name or null'),
+    ('freeze', 1.5, 'must be a word or a whole number or null'), ('smoothing', None, 'smoothing must be a number'),
+    ('data', ['images'], "data must be a word, got ('images',)"), ('data', 'nope', 'data must be one of digits')],
+    ids=str)
+def test_settings_of_another_kind(k, v, said, tmp_path):
+    "Each was a traceback, or a sentence that named neither the file nor the setting"
+    path = tmp_path/'r.json'
+    path.write_text(json.dumps({**json.loads(recipe_text(recipes['fine_tune_images'])), k: v}))
+    with pytest.raises(ValueError) as e: read_recipe(path)
+    assert str(e.value).startswith(f'{path}: ') and said in str(e.value)
+
+def test_a_recipe_file_that_is_no_text(tmp_path):
+    (tmp_path/'r.json').write_bytes(b'{"data": "caf\xe9"}')
+    with pytest.raises(ValueError, match='r.json: not a recipe in JSON: '): read_recipe(tmp_path/'r.json')
+
+def test_a_model_that_is_not_ours(tmp_path):
+    r = replace(recipes['fine_tune_images'], model='vit_tiny_patch16_224', model_args=dict(depth=1))
+    with pytest.raises(ValueError, match="'vit_tiny_patch16_224' is not reversible"): recipe_model(r, 2)
+
 def test_foreign_weights_bring_their_model(tmp_path):
     "A bare file of a published network is known by its tensors; the data keep their size"
     torch.save(timm.create_model('revvit_tiny_patch16_224').state_dict(), tmp_path/'w.pth')
@@ -285,5 +309,6 @@ def test_foreign_weights_bring_their_model(tmp_path):
 def test_yaml_numbers_without_a_point(tmp_path):
     "PyYAML takes 1e-3 for text"
     pytest.importorskip('yaml')
-    (tmp_path/'r.yaml').write_text(recipe_text(recipe).replace('0.001', '1e-3'))
-    assert read_recipe(tmp_path/'r.yaml').lr == 1e-3
+    (tmp_path/'r.yaml').write_text(recipe_text(recipe).replace('0.001', '1e-3').replace('0.999', '1e-1'))
+    back = read_recipe(tmp_path/'r.yaml')
+    assert (back.lr, back.betas) == (1e-3, (.9,.1))

@@ -6,7 +6,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest, torch
-from fastai.vision.all import Callback, defaults
+from fastai.vision.all import Callback, DataLoaders, TfmdDL, defaults
 from revvit.use import cli
 from revvit.models.checkpoints import load_model
 from revvit.models.files import read_checkpoint, write_checkpoint
@@ -232,3 +232,14 @@ def test_a_second_fit_has_states_of_its_own(tmp_path):
     assert names(tmp_path)==['state-1.pth','state-2.pth']
     with pytest.raises(KeyboardInterrupt): fit(learn, 2, stop=1)
     assert names(tmp_path)==['state-1.pth']
+
+@pytest.mark.parametrize('kw', [dict(every=2), dict(minutes=1)], ids=str)
+def test_loaders_that_begin_with_an_epoch_alone(kw, tmp_path):
+    "The schedule would go on in the middle, the batches at the beginning"
+    dls = digits_dls(bs=256, device='cpu')
+    bare = DataLoaders(*(TfmdDL(o.dataset, bs=256) for o in (dls.train,dls.valid)))
+    bare.vocab = dls.vocab
+    learn = learner(bare, replace(short, warmup_epochs=0))
+    with pytest.raises(ValueError, match='every and minutes are for loaders that can begin within an epoch'):
+        keep_state(learn, tmp_path, **kw)
+    keep_state(learn, tmp_path)

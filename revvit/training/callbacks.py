@@ -49,8 +49,9 @@ def _check_held(learn):
     named = unwrapped(learn.model if avg is None else avg).named_parameters()
     if not (lost := [n for n,p in named if p.requires_grad and id(p) not in held]): return
     how = "fit(..., reset_opt=True) makes another one" if avg is None else "make a new learner"
-    raise ValueError(f"{len(lost)} tensors that need gradients, {', '.join(lost[:3])}{', ...' if lost[3:] else ''}, are "
-                     f"not among those that the optimizer was made for: {how}")
+    few = ', '.join(lost[:3])+(', ...' if lost[3:] else '')
+    raise ValueError(f"{len(lost)} tensors that need gradients, {few}, are not among those that the optimizer was made "
+                     f"for: {how}")
 
 class StopOnNonFinite(Callback):
     "Stop before the optimizer step when the loss or a gradient is not finite; shorten a gradient that is too long"

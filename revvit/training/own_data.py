@@ -6,9 +6,11 @@
 __all__ = ['sized_recipe', 'count_files', 'data_recipe', 'own_recipe', 'recipe_text', 'read_recipe']
 
 # %% ../../nbs/training/30a_own_data.ipynb #ef49605f
+import re
 from dataclasses import MISSING, asdict, fields, replace
 from json import dumps, loads
 from pathlib import Path
+from typing import get_args
 from ..data.class_folders import kind_of_data
 from ..data.scenes import coco_files, is_coco
 from .recipes import Recipe, recipes
@@ -87,8 +89,8 @@ def recipe_text(
     return dumps(asdict(recipe), indent=1)
 
 def _content(path):
-    text = path.read_text('utf8')
     try:
+        text = path.read_text('utf8')
         if path.suffix not in ('.yaml','.yml'): return loads(text)
         try: import yaml
         except ImportError as e: raise ValueError("YAML takes pyyaml: pip install pyyaml, or write JSON") from e
@@ -96,10 +98,21 @@ def _content(path):
         except yaml.YAMLError as e: raise ValueError(str(e)) from e
     except ValueError as e: raise ValueError(f"{path}: not a recipe in {path.suffix[1:].upper()}: {e}") from e
 
-def _tuples(v):
-    "Lists become tuples, as a recipe has them"
-    if isinstance(v, dict): return {k: _tuples(o) for k,o in v.items()}
-    return tuple(map(_tuples, v)) if isinstance(v, list) else v
+def _plain(v):
+    "Lists become tuples, as a recipe has them, and 1e-3, which YAML takes for a word, a number"
+    if isinstance(v, dict): return {k: _plain(o) for k,o in v.items()}
+    if isinstance(v, str) and re.fullmatch(r'[-+]?\d+(\.\d*)?[eE][-+]?\d+', v): return float(v)
+    return tuple(map(_plain, v)) if isinstance(v, list) else v
+
+# %% ../../nbs/training/30a_own_data.ipynb #9ac4d387
+_kinds = {str: 'a word', int: 'a whole number', float: 'a number', bool: 'true or false', dict: 'settings by name',
+          tuple: 'a list', type(None): 'null'}
+
+def _check_kind(k, v, kind):
+    "Refuse a setting of another kind than the recipe has it"
+    kinds = get_args(kind) or (kind,)
+    if type(v) in kinds or type(v)==int and float in kinds: return
+    raise ValueError(f"{k} must be {' or '.join(_kinds[o] for o in kinds)}, got {v!r}")
 
 def read_recipe(
     path:str|Path, # JSON or YAML, as `recipe_text` writes it, or the `config.json` of a run
@@ -115,7 +128,8 @@ def read_recipe(
         raise ValueError(f"{path}: a recipe has no {wrong[0]!r}; it has {', '.join(known)}")
     if lacks := [k for k,o in known.items() if o.default is MISSING and k not in said]:
         raise ValueError(f"{path}: the recipe lacks {', '.join(lacks)}")
-    words = 'data','model','freeze','pretrained','optimizer'
-    said = {k: float(v) if isinstance(v, str) and k not in words else _tuples(v) for k,v in said.items()}   # YAML: 1e-3
-    try: return Recipe(**said)
+    said = _plain(said)
+    try:
+        for k,v in said.items(): _check_kind(k, v, known[k].type)
+        return Recipe(**said)
     except (TypeError, ValueError) as e: raise ValueError(f"{path}: {e}") from e

@@ -56,6 +56,7 @@ class Recipe:
     def __post_init__(self): _check_recipe(self)
 
 # %% ../../nbs/training/30_recipes.ipynb #d0c7e236
+_data = 'digits','images','clips','moving_digits','coco','scattered_digits'
 _from_0 = 'warmup_lr','final_lr','weight_decay','mixup','cutmix'
 
 def _check_steps(steps, warmup, epochs):
@@ -85,6 +86,7 @@ def _check_recipe(r):
             raise ValueError(f"{k} must be a number above 0, got {v!r}")
         if k in tops and v is not None and not 0<=v<tops[k]:
             raise ValueError(f"{k} must be from 0 to below {tops[k]}, got {v!r}")
+    if r.data not in _data: raise ValueError(f"data must be one of {', '.join(_data)}, got {r.data!r}")
     if r.layer_decay is not None and not 0<r.layer_decay<=1:
         raise ValueError(f"layer_decay must be above 0 and at most 1, got {r.layer_decay!r}")
     _check_steps(r.steps, r.warmup_epochs, r.epochs)
@@ -193,7 +195,10 @@ def recipe_model(
     if recipe.detector is not None: return _recipe_detector(recipe, num_classes)
     chans,*frames,height,width = recipe.image_cfg['input_size']
     args = dict(recipe.model_args, num_frames=frames[0]) if frames else recipe.model_args
-    return timm.create_model(recipe.model, in_chans=chans, img_size=(height,width), num_classes=num_classes, **args)
+    model = timm.create_model(recipe.model, in_chans=chans, img_size=(height,width), num_classes=num_classes, **args)
+    if hasattr(model, 'set_reversible'): return model
+    raise ValueError(f"the recipe's model {recipe.model!r} is not reversible: revvit.reversible rewires timm's models "
+                     "in Python, the commands train ours (revvit_train --list-recipes)")
 
 def _recipe_detector(r, num_classes):
     "The detector of a recipe"

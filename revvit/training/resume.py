@@ -248,12 +248,15 @@ def keep_state(
 )->Learner: # Train it with `learn.fit(recipe.epochs)`, as if nothing had happened
     "Write states while training, and go on where a run was stopped"
     if every is not None and every<1: raise ValueError(f"every must be at least 1 step, got {every}")
+    if (every or minutes) and not hasattr(learn.dls.train, 'set_epoch'):
+        raise ValueError(f"every and minutes are for loaders that can begin within an epoch, as this package's: a "
+                         f"{type(learn.dls.train).__name__} cannot; leave them out for a state after each epoch")
     if minutes is not None and not 0<minutes<math.inf:
         raise ValueError(f"minutes must be a number above 0, got {minutes}")
     folder = Path(learn.path if folder is None else folder)
     if not resume and (old := from_first(lambda: [*map(str, states(folder))])):
-        raise ValueError(f"{old[0]} is the state of another run, which a later one would go on from: resume=True goes on "
-                         "with it; name another folder for a new run, or remove the states")
+        raise ValueError(f"{old[0]} is the state of another run, which a later one would go on from: resume=True goes "
+                         "on with it; name another folder for a new run, or remove the states")
     learn.add_cb(KeepState(folder, every, keep, minutes))
     if resume is True: learn.keep_state.written = states(folder)
     if resume:

@@ -15,8 +15,8 @@ from fastcore.basics import store_attr
 from ..core.device import allow_tf32, pick_device
 from ..models.files import write_file
 from .command import FlagGroup, all_flags, command
-from .runs import (accuracy_line, begun_with, check_outside, claim_run, config_text, fit_run, held_out_line, recipe_settings,
-    run_config, sample_digit, set_modes, write_held_out)
+from .runs import (accuracy_line, begun_with, check_outside, claim_run, config_text, fit_run, held_out_line,
+    recipe_settings, run_config, sample_digit, set_modes, write_held_out)
 
 # %% ../../nbs/use/46_train.ipynb #d2ca001d
 def _check_flags(flags):
