@@ -6,7 +6,7 @@ from dataclasses import replace
 from unittest import mock
 
 import numpy as np, pytest, torch
-from fastai.vision.all import Callback, CancelFitException, ClassificationInterpretation, GradientClip
+from fastai.vision.all import Callback, CancelFitException, ClassificationInterpretation, GradientClip, error_rate
 from matplotlib import pyplot as plt
 from pathlib import Path
 from PIL import Image
@@ -19,6 +19,7 @@ from revvit.data.video_file import write_video
 from revvit.training.recipes import recipe_dls, recipes
 from revvit.training.callbacks import NonFiniteError
 from revvit.training.learner import learner, plot_history
+from revvit.training.logs import SaveBest
 from test_resume import command
 from test_training import same, small, spawn, wait
 
@@ -513,3 +514,14 @@ def test_R6_one_seed_one_result():
     assert torch.equal(weights(), w) and torch.equal(weights(workers=2), w)
     assert not torch.allclose(weights(seed=1), w, atol=1e-3)
     assert (weights(reversible=False)-w).norm()/w.norm() < 1e-5
+
+# ---------------------------------------------------------------- metrics of one's own
+
+@pytest.mark.parametrize('metrics,title', [([error_rate], 'error_rate, '), ([], 'valid_loss, ')], ids=['one','none'])
+def test_other_metrics_than_accuracy(metrics, title, tmp_path):
+    learn = make()
+    learn.metrics = metrics
+    quiet(learn, 'fit', 1)
+    assert plot_history(learn).axes[1].get_title().startswith(title)
+    with pytest.raises(ValueError, match='the best epoch is that of the highest accuracy, box_ap or mask_ap, and this'):
+        quiet(learn, 'fit', 1, cbs=SaveBest(tmp_path/'best.pth'))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np, pytest, timm, torch
 from PIL import Image
+from fastai.vision.all import ClassificationInterpretation
 import revvit
 from revvit.data.class_folders import folder_files, kind_of_data, part_folders
 from revvit.data.images import image_dls
@@ -335,3 +336,13 @@ def test_two_reports_in_one_file(here, capfd):
 def test_videos_of_a_list_are_counted_by_lines_that_say_something(tmp_path):
     for o in ('train','val'): (tmp_path/f'{o}.csv').write_text('a.mp4 0\n\nb.mp4 1')
     assert kind_of_data(tmp_path)==('clips',2)
+
+@pytest.mark.parametrize('ask', [lambda learn: learn.get_preds(), ClassificationInterpretation.from_learner],
+                         ids=['get_preds','interpretation'])
+def test_answers_for_each_file(ask, here):
+    "An IndexError far from the file that cannot be read"
+    torn = sorted(folder_files(photos(here/'photos', n=8))[1])[0]
+    Path(torn).write_bytes(b'torn')
+    learn = learner(image_dls(here/'photos', small.image_cfg, bs=4, workers=0, on_bad='skip', device='cpu'), small)
+    learn.fit(1)
+    with pytest.raises(UnreadableFile, match=torn): ask(learn)

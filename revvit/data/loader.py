@@ -125,7 +125,7 @@ def _read(self:EpochDL, i, epoch):
     _seed(self.seed, epoch, 1, i)
     try: return self.after_item(self.create_item(i))
     except UnreadableFile:
-        if self.on_bad=='raise': raise
+        if self.on_bad=='raise' or 'get_idxs' in vars(self): raise   # `get_preds` wants an answer for each item
         self.bad[i] = True
 
 @patch

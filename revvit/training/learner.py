@@ -133,14 +133,17 @@ def plot_history(
     rows = [[math.nan if o is None else o for o in row] for row in rec.values]   # not each epoch is validated
     vals = dict(zip(rec.metric_names[1:-1], zip(*rows)))   # without epoch and time
     a,b = fig.subplots(1,2)
-    names = [k for k in ('accuracy','box_ap50','box_ap','mask_ap') if k in vals]
+    shares = [k for k in ('accuracy','box_ap50','box_ap','mask_ap') if k in vals]
+    names,unit = (shares,100) if shares else ([*vals][-1:],1)   # of other metrics the last, or the loss
     a.plot(range(1, len(rec.losses)+1), [*map(float, rec.losses)], label='training (running mean)')
     if 'accuracy' in vals: a.plot(rec.iters, vals['valid_loss'], 'o-', ms=3, label='held out')
     a.set(xlabel='step', ylabel='loss', title='Loss'); a.legend()
     what = 'Accuracy' if 'accuracy' in vals else 'AP of boxes' if 'mask_ap' not in vals else 'AP of masks'
-    for k in names: b.plot(range(1, len(rec.values)+1), [100*o for o in vals[k]], 'o-', ms=3, label=k.replace('_', ' '))
-    b.set(xlabel='epoch', ylabel='held-out accuracy, %' if 'accuracy' in vals else 'held-out AP, %',
-          title=f"{what}, {100*vals[names[-1]][-1]:.1f} % at the end")
+    epochs,last = range(1, len(rec.values)+1),vals[names[-1]][-1]
+    for k in names: b.plot(epochs, [unit*o for o in vals[k]], 'o-', ms=3, label=k.replace('_', ' '))
+    axis = 'held-out accuracy, %' if 'accuracy' in vals else 'held-out AP, %' if shares else names[0]
+    end = f"{what}, {100*last:.1f} %" if shares else f"{names[0]}, {last:.4g}"
+    b.set(xlabel='epoch', ylabel=axis, title=f"{end} at the end")
     if names[1:]: b.legend()
     if path: fig.savefig(path, dpi=120)
     return fig
