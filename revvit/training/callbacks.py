@@ -46,8 +46,9 @@ def _check_held(learn):
     "Refuse to train what the optimizer does not hold"
     avg = getattr(getattr(learn, 'weight_average', None), 'trained', None)
     held = {id(p) for o in learn.opt.param_lists for p in o}
-    named = unwrapped(learn.model if avg is None else avg).named_parameters()
-    if not (lost := [n for n,p in named if p.requires_grad and id(p) not in held]): return
+    named = [(n,p) for n,p in unwrapped(learn.model if avg is None else avg).named_parameters() if p.requires_grad]
+    lost = [n for n,p in named if id(p) not in held]
+    if not lost or avg is None and len(lost)==len(named): return   # all: a device that puts new tensors in their place
     how = "fit(..., reset_opt=True) makes another one" if avg is None else "make a new learner"
     few = ', '.join(lost[:3])+(', ...' if lost[3:] else '')
     raise ValueError(f"{len(lost)} tensors that need gradients, {few}, are not among those that the optimizer was made "

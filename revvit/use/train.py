@@ -51,7 +51,6 @@ def _own_data(r, flags):
         raise ValueError("--allow-shared is for folders of classes: leave it out for things to detect")
     if not r.data.endswith('digits') and workers is None:
         workers = max(1, min(16, os.cpu_count()//int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
-    if r.data in ('images','clips') and data: check_outside(flags.out, data)
     if root and r.data!='clips': raise ValueError(f"--root is for lists of videos: leave it out for {r.data}")
     return data,dict(workers=workers or 0, on_bad=flags.on_bad, **({'root': str(root)} if root else {}),
                      **({'allow_shared': True} if flags.allow_shared else {}))
@@ -82,6 +81,7 @@ def _learner(r, flags):
     from revvit.training.learner import learner
     device = allow_tf32(pick_device(flags.device))
     data,kwargs = _own_data(r, flags)
+    if r.data in ('images','clips') and data: check_outside(flags.out, data)
     dls = recipe_dls(r, data, seed=flags.seed, device=device, **kwargs)
     built = replace(r, model_args={**r.model_args, 'chunk':flags.chunk}) if flags.chunk else r
     model = recipe_model(built, len(dls.vocab), flags.seed)
