@@ -41,7 +41,7 @@ def _first_bad(named):
         rows = bad.flatten(1).any(1).nonzero().flatten().tolist()
         return f"{name} (items {', '.join(map(str, rows[:5]))}{', ...' if len(rows)>5 else ''} of the batch)"
 
-# %% ../../nbs/training/31_callbacks.ipynb #1a2a617f
+# %% ../../nbs/training/31_callbacks.ipynb #507547ff
 def _check_held(learn):
     "Refuse to train what the optimizer does not hold"
     avg = getattr(getattr(learn, 'weight_average', None), 'trained', None)
@@ -54,6 +54,7 @@ def _check_held(learn):
     raise ValueError(f"{len(lost)} tensors that need gradients, {few}, are not among those that the optimizer was made "
                      f"for: {how}")
 
+# %% ../../nbs/training/31_callbacks.ipynb #1a2a617f
 class StopOnNonFinite(Callback):
     "Stop before the optimizer step when the loss or a gradient is not finite; shorten a gradient that is too long"
     order,run_valid = MixedPrecision.order+.5,False

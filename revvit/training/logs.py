@@ -29,14 +29,17 @@ class SaveCheckpoint(Callback):
 # %% ../../nbs/training/31a_logs.ipynb #ba38d27a
 class SaveBest(SaveCheckpoint):
     "Write the model to `path` after each epoch with a higher held-out accuracy than all before; of detectors AP"
-    def before_fit(self):
+    def _by(self):
+        "The name of what is compared"
         names = list(self.recorder.metric_names)
-        self.by = next((o for o in ('mask_ap','box_ap','accuracy') if o in names), None)
-        if self.by is None: raise ValueError("the best epoch is that of the highest accuracy, box_ap or mask_ap, and "
-                                             f"this learner measures {', '.join(names[1:-1])}")
+        for o in ('mask_ap','box_ap','accuracy'):
+            if o in names: return o
+        raise ValueError("the best epoch is that of the highest accuracy, box_ap or mask_ap, and this learner measures "
+                         f"{', '.join(names[1:-1])}")
+    def before_fit(self): self._by()
     def after_epoch(self):
         if self.trained:
-            at = self.recorder.metric_names.index(self.by)-1   # without the epoch
+            at = list(self.recorder.metric_names).index(self._by())-1   # without the epoch
             *before,now = [o[at] for o in self.recorder.values]
             if now is None or any(o is not None and o>=now for o in before): self.trained = False
         super().after_epoch()
