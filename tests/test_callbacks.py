@@ -12,6 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 from revvit.core.memory import saved_bytes
 from revvit.data.digits import digits_dls
+from revvit.models.mvit import RevMViT
 from revvit.models.vit import RevViT
 from revvit.training import callbacks
 from revvit.training.callbacks import MixBatches, MixLoss, NonFiniteError, SeedRun, StopOnNonFinite
@@ -304,6 +305,20 @@ def test_memory_is_that_of_the_batch(b):
     want = saved_bytes(lambda: m(x), m, x)
     m.set_reversible(False)
     assert got == (want, saved_bytes(lambda: m(x), m, x)) and got[0] < got[1]
+
+WAYS = 'training','reversible','keep','exact','recompute'
+def settings(m): return {k: {o: vars(v)[o] for o in WAYS if o in vars(v)} for k,v in m.named_modules()}   # of all parts
+
+@pytest.mark.parametrize('on', [True, False])
+def test_every_part_stays_as_it_was_set(on):
+    "Transitions between stages, too, which pool once more or keep what they pooled"
+    m = RevMViT(img_size=32, embed_dim=8, depth=3, stage_starts=(1,2), num_classes=3, drop_path_rate=.1).train()
+    m.set_reversible(on, keep=.25 if on else 0.)
+    m.head.eval()
+    before = settings(m)
+    assert any('recompute' in o for o in before.values())
+    step_memory(m, torch.rand(2,3,32,32))
+    assert settings(m)==before
 
 @pytest.mark.parametrize('b', [2,7])
 def test_what_is_kept_once_counts_once(b):

@@ -41,6 +41,15 @@ def written(folder, change, part='train'):
     file.write_text(json.dumps(c))
     return file
 
+@pytest.mark.parametrize('on_bad', ['raise','skip'])
+def test_two_images_that_are_one_file(on_bad, folder):
+    "With things of their own each: a link is no fault, and images are no classes"
+    (folder/'train'/'1.png').unlink()
+    (folder/'train'/'1.png').hardlink_to(folder/'train'/'0.png')
+    with pytest.warns(UserWarning, match='0.png and .*1.png are one and the same file$'):
+        data = read_coco(folder/'instances_train.json', folder/'train', on_bad=on_bad)
+    assert [o['id'] for o in data.images]==[*range(6)] and [len(o) for o in data.things]==[1]*5+[0]
+
 def first(c): return c['annotations'][0]
 FAULTS = dict(
     unknown_category=(lambda c: first(c).update(category_id=9), 'annotation 0 has category 9, which is not there'),

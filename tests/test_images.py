@@ -313,7 +313,7 @@ def test_what_a_learner_cannot_be_asked(folder, item, said):
     (dict(bs=14, world=2), 'too few for each of 2 processes to have 14: batch_size=26 or less'),
     (dict(aug=full, tfm=len), 'give one of the two'),
     (dict(on_bad='hide'), "on_bad must be 'raise' or 'skip'"),
-    (dict(valid='valid'), "holds 'train' and no folder 'valid'")])
+    (dict(valid='valid'), "there is a folder 'train' but no 'valid'")])
 def test_R38_settings_that_cannot_work(folder, kw, said):
     with pytest.raises((ValueError, FileNotFoundError), match=said): loaders(folder, **kw)
 
@@ -342,7 +342,7 @@ def test_R38_found_before_the_first_epoch(copy):
     twin.unlink()
     twin.write_bytes(b''); assert refused(copy) == f'val/n01440764/twin.jpg: the image file is empty (0 bytes)'
     assert len(loaders(copy, on_bad='skip').valid_ds) == 26
-    shutil.rmtree(copy/'val'); assert "holds 'train' and no folder 'val'" in refused(copy)
+    shutil.rmtree(copy/'val'); assert "there is a folder 'train' but no 'val'" in refused(copy)
     shutil.rmtree(copy/'train')
     for o in ('train','val'): (copy/o).mkdir()
     assert refused(copy) == 'train: holds no folders, one for each class is needed'

@@ -592,6 +592,9 @@ def test_R38_lists(tmp):
         assert (str(e.value).startswith(str(path)) and said in str(e.value)
                 and str(e.value).count('\n')<=text.count('x\ny')), (text, str(e.value))
     for text,said in ((b'caf\xe9.mp4 1', 'not a text file in UTF-8 (invalid continuation byte at byte 3)'),
+                      ('a.mp4 0\n'.encode('utf-16'), 'not a text file in UTF-8 (invalid start byte at byte 0)'),
+                      ('ä.mp4 0\n'.encode('utf-16-le'), 'not a text file in UTF-8 (invalid'),
+                      (b'\x89PNG\r\n\x1a\nIHDR', 'not a text file in UTF-8 (invalid start byte at byte 0)'),
                       (b'my cat.mp4 0\na b', "line 2: the label must be a whole number from 0 up, got 'b'"),
                       (' a.mp4 ²'.encode(), "line 1: the label must be a whole number from 0 up, got '²'")):
         path.write_bytes(text)

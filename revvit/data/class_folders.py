@@ -50,9 +50,11 @@ def hold_out_files(
 _parts = dict(train=('train','training'), val=('val','valid','validation','test','testing'))
 
 def _named(there, word):
-    "Those of some folders that the part `word` may be called by, the likeliest first"
-    def fits(f, o): return f==o or word in _parts and f.casefold()==o
-    return [f for o in _parts.get(word, (word,)) for f in sorted(there, key=lambda f: f!=o) if fits(f, o)]
+    "The one of some folders that is the part `word`, of several the likeliest; `word` if none is"
+    for o in _parts.get(word, ()):
+        for f in (o, *there):   # the plain spelling first
+            if f in there and f.casefold()==o: return f
+    return word
 
 def part_folders(
     path:Path, # Data set
@@ -62,7 +64,7 @@ def part_folders(
     "Training and held-out folder of a data set that its owner divided"
     if not path.is_dir(): return None
     there = _folders(path)
-    parts = [path/next(iter(_named(there, o)), o) for o in (train,valid)]
+    parts = [path/_named(there, o) for o in (train,valid)]
     found = [o for o in parts if o.is_dir()]
     if len(found)==1<len(there) and not _folders(found[0]): return None   # a class of that name
     return parts if found else None
@@ -84,8 +86,9 @@ def _check_classes(vocab, other, train, root):
 def _check_parts(path, roots):
     "Refuse one part without the other"
     there,lack = ([o for o in roots if o.is_dir()==k] for k in (True,False))
-    if lack: raise FileNotFoundError(f"{path}: holds {there[0].name!r} and no folder {lack[0].name!r}; of {there[0]} "
-                                     "alone a fifth would be held out")
+    if lack: raise FileNotFoundError(f"{path}: there is a folder {there[0].name!r} but no {lack[0].name!r}. If it is a "
+                                     f"class, rename it; if it is all there is, give {there[0]} as the data, and a "
+                                     "fifth of it is held out")
 
 # %% ../../nbs/data/20b_class_folders.ipynb #f64af3ed
 def _bare(folder, suffixes):
@@ -94,19 +97,19 @@ def _bare(folder, suffixes):
 
 def _check_level(root, vocab, kind):
     "Refuse a single class, and warn where those that are meant may be one level below"
-    below,suffixes = [_folders(root/o) for o in vocab],video_suffixes if kind=='video' else image_suffixes
+    below,suffixes = _folders(root/vocab[0]),video_suffixes if kind=='video' else image_suffixes
     if len(vocab)==1:
-        deep = f"; {root/vocab[0]} holds the folders {a_few(below[0])}: are they the classes?" if below[0] else ''
+        deep = f"; did you mean {root/vocab[0]}, which holds the folders {a_few(below)}?" if below else ''
         raise ValueError(f"{root}: {vocab[0]!r} is the only class, and there is nothing to tell it from{deep}")
-    if len(below[0])>1 and all(o==below[0] for o in below) and all(_bare(root/o, suffixes) for o in vocab):
-        warnings.warn(f"{root}: the classes are {a_few(vocab)}, and each of these folders holds {a_few(below[0])} and "
-                      f"no {kind}s beside them: if those are the classes, they must stand above")
+    if len(below)>1 and all(_bare(root/o, suffixes) and _folders(root/o)==below for o in vocab):
+        warnings.warn(f"{root}: the classes are {a_few(vocab)}, and each of these folders holds {a_few(below)} and no "
+                      f"{kind}s beside them: if those are the classes, bring them together directly below {root}")
 
 # %% ../../nbs/data/20b_class_folders.ipynb #6de44480
 def folder_files(
     path:str|Path, # Folder of class folders, or of `train` and `valid` that hold class folders
     train:str='train', # Name of the folder of training files
-    valid:str='val', # Name of the folder of held-out files; `val` may be called valid, validation or test too
+    valid:str='val', # Of the held-out files; `val` may be called valid, validation, test or testing too
     kind:str='image', # Or 'video'
     on_bad:str='raise', # An unreadable file: 'raise', or 'skip' to leave it out with a warning
     check:bool=True, # Look at every file's size and permission; False trusts them, for slow disks

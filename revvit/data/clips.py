@@ -146,6 +146,7 @@ def _text(path):
     try: return data.decode('utf-8-sig'),None
     except UnicodeDecodeError as e:
         said = f"{path}: not a text file in UTF-8 ({e.reason} at byte {e.start})"
+        if b'\0' in data: raise ValueError(said) from e   # in no name, but in UTF-16 and what is no text
         return data.decode('utf-8-sig', 'surrogateescape'),said
 
 def _rows(path, text):
@@ -173,13 +174,13 @@ def read_clip_list(
     text,fault = _text(path)
     for n,name,label in _rows(path, text):
         where = f"{path}, line {n}:"
+        video = os.path.normpath(root/name)
+        if fault and not (name and os.path.lexists(video)): raise ValueError(fault)   # no list at all, perhaps
         if not name: raise ValueError(f"{where} expected `path label`, got {label!r}")
         if not label.isascii() or not label.isdigit():
             raise ValueError(f"{where} the label must be a whole number from 0 up, got {label!r}")
         if classes is not None and int(label)>=classes:
             raise ValueError(f"{where} the label must be below {classes}, got {label}")
-        video = os.path.normpath(root/name)
-        if fault and not os.path.lexists(video): raise ValueError(fault)
         if video in items: again.append(f"{where} {name!r} is already in line {lines[video]}")
         if items.setdefault(video, int(label))!=int(label): raise ValueError(f"{again[-1]}, with another label")
         lines.setdefault(video, n)
@@ -210,7 +211,7 @@ def clip_files(
     root:str|Path|None=None, # Where relative paths in the lists start; None for the folder of the list
     on_bad:str='raise', # Missing and empty files: 'raise', or 'skip' to leave them out with a warning
     check:bool=True, # Look at every file; False trusts the lists, for slow disks
-    allow_shared:bool=False, # A video that is in both lists is warned of; by default it is an error
+    allow_shared:bool=False, # A video that is in both lists, or in two classes, is warned of; by default it is an error
     seed:int=0, # Of what is held out of class folders that are not divided
 )->tuple: # Class number by path for training and held-out videos, and the class names
     "Read both lists of a data set, or say what is wrong with it"
@@ -280,7 +281,7 @@ def clip_dls(
     views:int=1, # Clips of each held-out video
     on_bad:str='raise', # Files that cannot be read: 'raise', or 'skip' to leave them out and count them
     check:bool=True, # Look at every file before the first epoch
-    allow_shared:bool=False, # A video that is in both lists is warned of; by default it is an error
+    allow_shared:bool=False, # A video that is in both lists, or in two classes, is warned of; by default it is an error
     train:str='train.csv', # List of training videos
     valid:str='val.csv', # List of held-out videos
     root:str|Path|None=None, # Where relative paths in the lists start; None for the folder of the list

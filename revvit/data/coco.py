@@ -181,8 +181,8 @@ def read_coco(
                            f"{'are' if lost[1:] else 'is'} left out: {lost[0]}{and_more(lost, 'boxes')}")
     paths = {str(folder/o['file_name']): i for i,o in images.items()}
     _ask(len(paths)==len(images), file, "two images have one file_name")
-    paths,_ = readable(paths, {}, on_bad=on_bad)
-    there = _of_their_size(paths, images, file, on_bad)
+    seen,_ = readable(dict.fromkeys(paths), {}, on_bad=on_bad)   # one file may be two images, and they are no classes
+    there = _of_their_size({o: paths[o] for o in seen}, images, file, on_bad)
     _ask(there, file, "none of its images can be read")
     ids = sorted(cats)
     return CocoData(file, [str(cats[i]['name']) for i in ids], ids, list(there), [images[i] for i in there.values()],

@@ -24,13 +24,13 @@ image_suffixes = tuple('.jpg .jpeg .png .ppm .bmp .pgm .tif .tiff .webp .apng .a
                        '.jpx .mpo .pbm .pnm .qoi .tga'.split())
 video_suffixes = tuple('.3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv'.split())
 
-_systems = {'__MACOSX','@eaDir','#recycle','$RECYCLE.BIN','System Volume Information','lost+found'}
+_systems = {'__macosx','@eadir','#recycle','@recycle','$recycle.bin','system volume information','lost+found'}
 
 def is_hidden(
     name:str, # Of a file or folder, without the folders above
 )->bool:
     "Does a system keep such names to itself?"
-    return name.startswith('.') or name in _systems
+    return name.startswith('.') or name.casefold() in _systems
 
 def class_items(
     folder:Path, # Holds the class folders
@@ -87,14 +87,15 @@ def readable(
     allow_shared:bool=False, # A file that is in both parts, or in two classes, is warned of; by default it is an error
 )->tuple: # Both parts without the files that cannot be read
     "Look at every file, also for two paths that lead to one"
-    faults,seen,twice = {},{},{', in training and held out': [], ', in two classes': [], '': []}
+    faults,seen,shared,classes,again = {},{},[],[],[]
     for i,(p,label) in enumerate((*train.items(), *held.items())):
         key,why = _look_at(p, kind)
         if why: faults[p] = f"{p}: {why}"
         if not any(key): continue
         j,q,other = seen.setdefault(key, (i,p,label))
-        where = ', in training and held out' if j<len(train)<=i else ', in two classes' if label!=other else ''
-        if i!=j: twice[where].append(f"{q} and {p} are one and the same file")
+        where = shared if j<len(train)<=i else classes if label!=other else again
+        if i!=j: where.append(f"{q} and {p} are one and the same file")
+    twice = {', in training and held out': shared, ', in two classes': classes, '': again}
     for where,o in twice.items():
         if o and where and not allow_shared:
             raise ValueError(f"{o[0]}{and_more(o)}{where}: allow it by allow_shared (--allow-shared) if that is meant")

@@ -143,7 +143,7 @@ def image_dls(
     tfm=None, # Transform of training images instead: called with a Pillow image, gives a tensor (C, H, W)
     on_bad:str='raise', # Files that cannot be read: 'raise', or 'skip' to leave them out and count them
     check:bool=True, # Look at every file before the first epoch
-    allow_shared:bool=False, # A file that is in both parts is warned of; by default it is an error
+    allow_shared:bool=False, # A file that is in both parts, or in two classes, is warned of; by default it is an error
     train:str='train', # Name of the folder of training images
     valid:str='val', # Name of the folder of held-out images
     **kwargs, # Passed to `file_dls`

@@ -223,5 +223,5 @@ def __iter__(self:EpochDL):
     self.after_iter()
     bad = self.bad_items()
     few = f"{', '.join(map(str, bad[:3]))}{', ...' if len(bad)>3 else ''}"
-    if none: raise ValueError(f"no item of this epoch can be read: {few}")   # a network would learn from nothing
+    if none: raise ValueError(f"no item could be read: {few}")   # a network would learn from nothing
     if len(bad)>known: warnings.warn(f"{len(bad)} of {self.n} items cannot be read and are left out: {few}")

@@ -22,10 +22,12 @@ from ..data.loader import seeded
 from .callbacks import Later, is_searching, unwrapped
 
 # %% ../../nbs/training/31b_progress.ipynb #8292db95
+_ways = 'training','reversible','keep','exact','recompute'   # all that `train` and `set_reversible` change
+
 @contextmanager
 def _as_set(model):
     "Let a model be set otherwise for a while"
-    ways = [(o, {k: v for k,v in vars(o).items() if k in ('training','reversible','keep','exact')})
+    ways = [(o, {k: v for k,v in vars(o).items() if k in _ways})
             for o in model.modules()]
     try: yield
     finally:

@@ -116,25 +116,32 @@ class KeepState(Callback):
         for o in states(self.folder)[self.keep:]: o.unlink(missing_ok=True)
         self.since,self.due = monotonic(),False
 
-# %% ../../nbs/training/34_resume.ipynb #29e1921f
+# %% ../../nbs/training/34_resume.ipynb #886f3f13
 def _numbers(mark): return f"{mark['training']} training files and {mark['held out']} held out"
 
+def _other_files(mine, theirs, path):
+    "What to say of a run on other files"
+    a,b = _numbers(theirs),_numbers(mine)
+    now = b if a!=b else 'as many, but with other names or labels'
+    return (f"{path} belongs to a run on {a}; now there are {now}. Put the data back (files that cannot be read are left "
+            "left out and count as gone), or begin a new run from its checkpoint (--weights)")
+
+# %% ../../nbs/training/34_resume.ipynb #29e1921f
 def _check_same(mine, theirs, path):
     "Refuse the state of a run that is not this one; a longer one may go on from it"
     longer = ('epochs','warmup_epochs','steps') if mine['epochs']>theirs['epochs'] else ()
     if 'batches' not in theirs: theirs = {**theirs, 'batches': theirs['steps'], 'steps': mine['steps']}   # older
     theirs = {k: theirs.get(k, getattr(Recipe, k, mine[k])) for k in mine}   # an older version did not know all
-    for k in sorted(mine, key=lambda k: k not in ('data','classes','files')):   # these explain what else differs
+    first = 'data','classes','seed','files'   # they explain what else differs
+    for k in sorted(mine, key=lambda k: first.index(k) if k in first else len(first)):
         if k in longer or mine[k]==theirs[k]: continue
+        if k=='files' and None in (mine[k],theirs[k]): continue   # of loaders that have no mark
         if k=='data':
             raise ValueError(f"{path} belongs to a run on {theirs[k]}, and this one is on {mine[k]}: "
                              "give the folder and the recipe of that run again")
-        if k=='files':
-            a,b = map(_numbers, (theirs[k],mine[k]))
-            raise ValueError(f"{path} belongs to a run on {a}, and here are "
-                             f"{b if a!=b else 'as many, with other names or labels'}: to go on with these begin a new "
-                             "run, with --weights and its checkpoint")
-        raise ValueError(f"{path} belongs to another run: its {k} is {theirs[k]!r}, here it is {mine[k]!r}")
+        if k=='files': raise ValueError(_other_files(mine[k], theirs[k], path))
+        be,here = ('are','here they are') if k=='classes' else ('is','here it is')
+        raise ValueError(f"{path} belongs to another run: its {k} {be} {theirs[k]!r}, {here} {mine[k]!r}")
 
 def _unchunked(args):
     "Arguments of a model, or of a detector and its backbone, without chunks"
@@ -212,7 +219,7 @@ def _mend_checkpoint(self:KeepState):
     "Write the checkpoint of a run that is done, if it was lost since"
     like,avg = self.learn.save_checkpoint,getattr(self.learn, 'weight_average', None)
     try: read_checkpoint(like.path)
-    except CheckpointError: save_checkpoint(avg.ema.module if avg else self.model, like.path, **like.kwargs)
+    except CheckpointError: save_checkpoint(avg.ema.module if avg else unwrapped(self.model), like.path, **like.kwargs)
 
 @patch
 def _begin(self:KeepState):

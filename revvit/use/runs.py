@@ -121,7 +121,7 @@ def begun_with(
     "A run that goes on keeps what it was started from"
     cfg = (_known(out) or {}) if any(out.glob('state-*.pth')) else {}
     first = {k: cfg.get(k, told[k]) for k in ('weights','new_head','new_size')}
-    if told['weights'] not in ('', first['weights']):
+    if told['weights'] and os.path.realpath(told['weights'])!=os.path.realpath(first['weights']):
         tell(f"{out} goes on with what it has learned, not with {told['weights']}", name='revvit_train')
     return {**told, **first}
 

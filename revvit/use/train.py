@@ -196,7 +196,7 @@ class DataFlags(FlagGroup):
         # Files that cannot be read: raise ends the run with the first, skip leaves out and counts them; by default
         # skip for fine_tune_images, fine_tune_clips and fine_tune_coco, else raise
         on_bad:str|None=None,
-        # Accept a file that is in the training and in the test data; by default that is an error
+        # Accept a file that is in the training and in the test data, or in two classes; by default that is an error
         allow_shared:bool=False,
     ): store_attr()
 
