@@ -123,7 +123,7 @@ def _other_files(mine, theirs, path):
     "What to say of a run on other files"
     a,b = _numbers(theirs),_numbers(mine)
     now = b if a!=b else 'as many, but with other names or labels'
-    return (f"{path} belongs to a run on {a}; now there are {now}. Put the data back (files that cannot be read are left "
+    return (f"{path} belongs to a run on {a}; now there are {now}. Put the data back (files that cannot be read are "
             "left out and count as gone), or begin a new run from its checkpoint (--weights)")
 
 # %% ../../nbs/training/34_resume.ipynb #29e1921f
