@@ -112,6 +112,34 @@ def test_what_was_frozen_does_not_stay_so_without_a_word(average):
     quiet(learn, 'fit', 1, reset_opt=True)
     assert not any(map(torch.equal, was, learn.model.parameters()))
 
+@pytest.mark.parametrize('between', [None, 'get_preds', 'lr_find'])
+@pytest.mark.parametrize('average', [None, .9])
+def test_weights_that_were_loaded_are_trained(average, between, tmp_path):
+    "Where a fit with a moving average left the average, they went into that alone"
+    learn = make(replace(plain, average=average))
+    learn.path = tmp_path
+    learn.save('start')
+    start = {k: v.clone() for k,v in learn.model.state_dict().items()}
+    quiet(learn, 'fit', 1)
+    assert not torch.equal(learn.model.head.weight, start['head.weight'])
+    learn.load('start')
+    if between=='get_preds': quiet(learn, 'get_preds')
+    if between=='lr_find': quiet(learn, 'lr_find', show_plot=False, num_it=20)
+    seen = []
+    def see(cb): seen.append({k: v.clone() for k,v in cb.model.state_dict().items()})
+    quiet(learn, 'fit', 1, cbs=Callback(before_batch=see))
+    assert all(torch.equal(seen[0][k], v) for k,v in start.items())
+
+def test_training_goes_on_from_the_trained_weights():
+    "And not from their average, when nothing was loaded"
+    learn = quiet(make(replace(plain, average=.9)), 'fit', 1)
+    trained = learn.weight_average.trained.head.weight.clone()
+    quiet(learn, 'get_preds')
+    learn.model.to('cpu', torch.float32)
+    seen = []
+    quiet(learn, 'fit', 1, cbs=Callback(before_batch=lambda cb: seen.append(cb.model.head.weight.clone())))
+    assert torch.equal(seen[0], trained) and not torch.equal(learn.weight_average.ema.module.head.weight, trained)
+
 def test_an_optimizer_of_the_average_trains_nothing_and_is_refused():
     learn = quiet(make(replace(plain, average=.9)), 'fit', 1)
     with pytest.raises(ValueError, match='make a new learner'): quiet(learn, 'fit', 1, reset_opt=True)

@@ -371,6 +371,12 @@ def test_videos_of_a_list_are_counted_by_lines_that_say_something(tmp_path):
     for o in ('train','val'): (tmp_path/f'{o}.csv').write_text('a.mp4 0\n\nb.mp4 1')
     assert kind_of_data(tmp_path)==('clips',2)
 
+@pytest.mark.parametrize('kind', [str,Path])
+def test_labels_of_other_files(kind, here):
+    dls = image_dls(photos(here/'photos'), small.image_cfg, bs=4, workers=0, device='cpu')
+    y = dls.test_dl([kind(here/'photos'/o) for o in ('dog/0.png','cat/1.png')], with_labels=True).one_batch()[1]
+    assert y.tolist()==[1,0]
+
 @pytest.mark.parametrize('ask', [lambda learn: learn.get_preds(), ClassificationInterpretation.from_learner],
                          ids=['get_preds','interpretation'])
 def test_answers_for_each_file(ask, here):

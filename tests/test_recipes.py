@@ -8,6 +8,7 @@ from fastai.vision.all import Callback, DataLoaders
 from timm.models import group_parameters
 from torch import nn
 from revvit.data.digits import digits_cfg
+from revvit.data.images import train_tfm
 from revvit.models.mvit import RevMViT
 from revvit.models.vit import RevViT
 from revvit.training.layers import freeze, layer_groups
@@ -280,7 +281,9 @@ def test_recipe_files_that_are_none(text, said, tmp_path):
     ('model', None, 'model must be a word'), ('image_cfg', [1], 'image_cfg must be settings by name, got (1,)'),
     ('model_args', None, 'model_args must be settings by name'), ('epochs', '4', "must be a whole number, got '4'"),
     ('epochs', True, 'must be a whole number, got True'), ('clip', 'none', "clip must be a number or null, got 'none'"),
-    ('betas', .9, 'betas must be a list, got 0.9'), ('threads', 1.5, 'threads must be a whole number or null, got 1.5'),
+    ('betas', .9, 'betas must be a list, got 0.9'), ('betas', [.9], 'two numbers from 0 to below 1, got (0.9,)'),
+    ('betas', ['a',.9], "must be two numbers"), ('steps', ['a'], "steps must be epochs in order, from 2 to 20, got"),
+    ('threads', 1.5, 'threads must be a whole number or null, got 1.5'),
     ('step_in_backward', 'yes', "must be true or false, got 'yes'"), ('detector', False, 'settings by name or null'),
     ('freeze', 1.5, 'must be a word or a whole number or null'), ('smoothing', None, 'smoothing must be a number'),
     ('data', ['images'], "data must be a word, got ('images',)"), ('data', 'nope', 'data must be one of digits')],
@@ -291,6 +294,44 @@ def test_settings_of_another_kind(k, v, said, tmp_path):
     path.write_text(json.dumps({**json.loads(recipe_text(recipes['fine_tune_images'])), k: v}))
     with pytest.raises(ValueError) as e: read_recipe(path)
     assert str(e.value).startswith(f'{path}: ') and said in str(e.value)
+
+@pytest.mark.parametrize('data,part,k,v,said', [
+    ('images', 'aug', 'foo', 1, "aug has no 'foo'; for images it has rand_aug, color_jitter, erase, scale, hflip"),
+    ('images', 'aug', 'hflip', 'often', "hflip of aug must be a number, got 'often'"),
+    ('images', 'aug', 'scale', .5, 'scale of aug must be a list, got 0.5'),
+    ('clips', 'aug', 'jitter', [1,2], "aug has no 'jitter'; for clips it has rand_aug, color_jitter,"),
+    ('coco', 'aug', 'erase', 1, "aug has no 'erase'; for coco it has jitter, sides, hflip"),
+    ('digits', 'aug', 'hflip', .5, 'the digits are changed in one way: leave aug out'),
+    ('images', 'image_cfg', 'mean', None, 'mean must be in numbers, got None'),
+    ('images', 'image_cfg', 'std', ['a','b','c'], "std must be in numbers, got ('a', 'b', 'c')"),
+    ('clips', 'image_cfg', 'std', [.5], 'must have one value for each of 3 channels'),
+    ('images', 'image_cfg', 'input_size', [3,'32',32], "input_size must be whole numbers above 0, got (3, '32', 32)"),
+    ('images', 'image_cfg', 'input_size', [3,32,0], 'input_size must be whole numbers above 0, got (3, 32, 0)'),
+    ('images', 'image_cfg', 'interpolation', 'cubic', "bilinear, bicubic, box, hamming, lanczos, random, got 'cubic'"),
+    ('images', 'image_cfg', 'crop_pct', 0, 'crop_pct must be above 0, got 0')], ids=str)
+def test_settings_within_settings(data, part, k, v, said, tmp_path):
+    which = dict(images='fine_tune_images', clips='fine_tune_clips', coco='fine_tune_coco', digits='digits')[data]
+    path,content = tmp_path/'r.json',json.loads(recipe_text(recipes[which]))
+    content[part] = {**(content[part] or {}), k: v}
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError) as e: read_recipe(path)
+    assert str(e.value).startswith(f'{path}: ') and said in str(e.value)
+
+def test_settings_that_are_missing(tmp_path):
+    path,content = tmp_path/'r.json',json.loads(recipe_text(recipes['fine_tune_images']))
+    del content['image_cfg']['mean']
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match='r.json: image settings lack mean$'): read_recipe(path)
+
+@pytest.mark.parametrize('change,said', [(dict(model='foo'), "the recipe's model 'foo' is none of timm's or ours"),
+    (dict(model_args=dict(foo=1)), r"model 'revvit_tiny_patch16_224': .*unexpected keyword argument 'foo'"),
+    (dict(model='resnet18'), "the recipe's model 'resnet18': .*unexpected keyword argument 'img_size'")], ids=str)
+def test_models_that_cannot_be_made(change, said):
+    with pytest.raises(ValueError, match=said): recipe_model(replace(recipe, **change), 2)
+
+def test_a_randaugment_that_timm_does_not_know():
+    with pytest.raises(ValueError, match="rand_aug must be like 'rand-m6-n5-mstd0.5-inc1', got 'often'"):
+        train_tfm(recipes['fine_tune_images'].image_cfg, 'often')
 
 def test_a_recipe_file_that_is_no_text(tmp_path):
     (tmp_path/'r.json').write_bytes(b'{"data": "caf\xe9"}')

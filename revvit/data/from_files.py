@@ -147,6 +147,7 @@ class _Read(Transform):
 
 class _Label(Transform):
     "Path to the name of its class"
+    input_types = str,Path
     def __init__(self, labels, names): self.labels,self.names = labels,names
     def encodes(self, o:str|Path): return self.names[self.labels[str(o)]]
 

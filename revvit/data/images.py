@@ -79,15 +79,24 @@ def as_picture(
     return as_mode(ImageOps.exif_transpose(item), 'L' if channels==1 else 'RGB')
 
 # %% ../../nbs/data/22_images.ipynb #b68dd8e9
+_interpolations = 'nearest','bilinear','bicubic','box','hamming','lanczos','random'   # timm's words
+
 def check_settings(
     cfg:dict, # `input_size`, `mean`, `std`, `interpolation` and `crop_pct`, as in timm; other keys are ignored
     kind:str='image', # Or 'clip', which has three channels
 ):
-    "Refuse settings that lack something"
+    "Refuse settings that lack something, or that nothing can be made with"
     if missing := {'input_size','mean','std','interpolation','crop_pct'}-set(cfg):
         raise ValueError(f"{kind} settings lack {', '.join(sorted(missing))}")
-    channels = 3 if kind=='clip' else cfg['input_size'][0]
-    if not len(cfg['mean'])==len(cfg['std'])==channels:
+    size,how = cfg['input_size'],cfg['interpolation']
+    if any(type(o)!=int or o<1 for o in size): raise ValueError(f"input_size must be whole numbers above 0, got {size}")
+    if how not in _interpolations:
+        raise ValueError(f"interpolation must be one of {', '.join(_interpolations)}, got {how!r}")
+    for k in ('mean','std','crop_pct'):
+        if np.asarray(cfg[k]).dtype.kind not in 'if': raise ValueError(f"{k} must be in numbers, got {cfg[k]!r}")
+    if not cfg['crop_pct']>0: raise ValueError(f"crop_pct must be above 0, got {cfg['crop_pct']}")
+    channels = 3 if kind=='clip' else size[0]
+    if not np.shape(cfg['mean'])==np.shape(cfg['std'])==(channels,):
         raise ValueError(f"mean {cfg['mean']} and std {cfg['std']} must have one value for each of {channels} channels")
 
 class ImageTransform:
@@ -126,9 +135,12 @@ def train_tfm(
     hflip:float=.5, # Share of images that are mirrored
 ): # timm's transform: Pillow image to normalised tensor (C, H, W)
     "Crop, flip, RandAugment, normalise, erase"
-    tfm = create_transform(tuple(cfg['input_size'])[1:], is_training=True, scale=scale, ratio=(3/4,4/3), hflip=hflip,
-        color_jitter=color_jitter, auto_augment=rand_aug, interpolation=cfg['interpolation'], mean=cfg['mean'],
-        std=cfg['std'], re_prob=erase, re_mode='pixel', re_count=1)
+    check_settings(cfg)
+    try: tfm = create_transform(tuple(cfg['input_size'])[1:], is_training=True, scale=scale, ratio=(3/4,4/3),
+        hflip=hflip, color_jitter=color_jitter, auto_augment=rand_aug, interpolation=cfg['interpolation'],
+        mean=cfg['mean'], std=cfg['std'], re_prob=erase, re_mode='pixel', re_count=1)
+    except AssertionError as e:
+        raise ValueError(f"rand_aug must be like 'rand-m6-n5-mstd0.5-inc1', got {rand_aug!r}") from e
     for o in tfm.transforms:
         if isinstance(o, RandAugment): allow_zero_bits(o)
     return tfm

@@ -230,8 +230,12 @@ class WeightAverage(Callback):
     order = -15   # before fastai switches the model to train() or eval()
     def __init__(self,
         decay:float, # Share of the average that survives a step, in the long run
-    ): self.decay,self.trained = decay,None
+    ): self.decay,self.trained,self.left = decay,None,None
+    def _state(self): return self.ema.module,[o._version for o in self.ema.module.state_dict().values()]
     def before_fit(self):
+        if self.left and self.left[0] is self.ema.module and self.left!=self._state():   # loaded since
+            self.trained.load_state_dict(self.ema.module.state_dict())
+        self.left = None
         # before fastai keeps the weights
         if self.trained is not None and is_searching(self.learn): self.learn.model = self.trained
     def before_train(self):
@@ -242,6 +246,8 @@ class WeightAverage(Callback):
         if not is_searching(self.learn): self.ema.update(self.trained, self.train_iter+1)
     def before_validate(self):
         if self.trained is not None and not is_searching(self.learn): self.learn.model = self.ema.module
+    def after_fit(self):
+        if self.trained is not None and not is_searching(self.learn): self.left = self._state()
 
 # %% ../../nbs/training/31_callbacks.ipynb #aa612a0a
 class _SmoothLoss(AvgSmoothLoss):

@@ -8,11 +8,14 @@ __all__ = ['sized_recipe', 'count_files', 'data_recipe', 'own_recipe', 'recipe_t
 # %% ../../nbs/training/30a_own_data.ipynb #ef49605f
 import re
 from dataclasses import MISSING, asdict, fields, replace
+from inspect import signature
 from json import dumps, loads
 from pathlib import Path
 from typing import get_args
 from ..data.class_folders import kind_of_data
-from ..data.scenes import coco_files, is_coco
+from ..data.clips import ClipAugment
+from ..data.images import check_settings, train_tfm
+from ..data.scenes import coco_files, is_coco, scene_tfm
 from .recipes import Recipe, recipes
 
 # %% ../../nbs/training/30a_own_data.ipynb #29cf83a8
@@ -114,6 +117,20 @@ def _check_kind(k, v, kind):
     if type(v) in kinds or type(v)==int and float in kinds: return
     raise ValueError(f"{k} must be {' or '.join(_kinds[o] for o in kinds)}, got {v!r}")
 
+_augments = dict(images=train_tfm, clips=ClipAugment, moving_digits=ClipAugment, coco=scene_tfm,
+                 scattered_digits=scene_tfm)   # what takes `aug`
+
+def _checked(r):
+    "The recipe `r`, or what is wrong with its augmentation or its pictures"
+    if r.aug and r.data in _augments:
+        takes = {k: o.annotation for k,o in signature(_augments[r.data]).parameters.items() if k not in ('cfg','size')}
+        for k,v in r.aug.items():
+            if k not in takes: raise ValueError(f"aug has no {k!r}; for {r.data} it has {', '.join(takes)}")
+            _check_kind(f'{k} of aug', v, takes[k])
+    elif r.aug: raise ValueError(f"the {r.data} are changed in one way: leave aug out")
+    if r.data in ('images','clips'): check_settings(r.image_cfg, r.data[:-1])
+    return r
+
 def read_recipe(
     path:str|Path, # JSON or YAML, as `recipe_text` writes it, or the `config.json` of a run
 )->Recipe:
@@ -131,5 +148,5 @@ def read_recipe(
     said = _plain(said)
     try:
         for k,v in said.items(): _check_kind(k, v, known[k].type)
-        return Recipe(**said)
+        return _checked(Recipe(**said))
     except (TypeError, ValueError) as e: raise ValueError(f"{path}: {e}") from e

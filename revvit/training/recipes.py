@@ -8,6 +8,7 @@ __all__ = ['recipes', 'imagenet_cfg', 'kinetics_cfg', 'scattered_cfg', 'Recipe',
 
 # %% ../../nbs/training/30_recipes.ipynb #6fccfa58
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 import timm, torch
 from fastcore.basics import patch
@@ -55,15 +56,12 @@ class Recipe:
     optimizer:str='adamw' # 'adamw', or 'adamw_8bit' for averages in 8 bits, where torchao is installed
     def __post_init__(self): _check_recipe(self)
 
-# %% ../../nbs/training/30_recipes.ipynb #d0c7e236
-_data = 'digits','images','clips','moving_digits','coco','scattered_digits'
-_from_0 = 'warmup_lr','final_lr','weight_decay','mixup','cutmix'
-
+# %% ../../nbs/training/30_recipes.ipynb #2e788ec4
 def _check_steps(steps, warmup, epochs):
     "Refuse steps of the rate that are not in order between warm-up and end"
     if steps is None: return
     at = [warmup, *steps, epochs]
-    if not steps or any(not a<=b for a,b in zip(at, at[1:])):
+    if not steps or any(type(o) not in (int,float) for o in at) or any(not a<=b for a,b in zip(at, at[1:])):
         raise ValueError(f"steps must be epochs in order, from {warmup:g} to {epochs}, got {steps!r}")
 
 def _check_detector(r):
@@ -76,6 +74,10 @@ def _check_detector(r):
         if things and getattr(r, k)!=plain:
             raise ValueError(f"{k}={getattr(r, k)} is for classes: a recipe for a detector wants {k}={plain:g}")
 
+# %% ../../nbs/training/30_recipes.ipynb #d0c7e236
+_data = 'digits','images','clips','moving_digits','coco','scattered_digits'
+_from_0 = 'warmup_lr','final_lr','weight_decay','mixup','cutmix'
+
 def _check_recipe(r):
     "Refuse numbers that cannot be meant"
     tops = dict(warmup_epochs=r.epochs, smoothing=1, average=1) | dict.fromkeys(_from_0, math.inf)
@@ -86,6 +88,8 @@ def _check_recipe(r):
             raise ValueError(f"{k} must be a number above 0, got {v!r}")
         if k in tops and v is not None and not 0<=v<tops[k]:
             raise ValueError(f"{k} must be from 0 to below {tops[k]}, got {v!r}")
+    if len(r.betas)!=2 or any(type(o) not in (int,float) or not 0<=o<1 for o in r.betas):
+        raise ValueError(f"betas must be two numbers from 0 to below 1, got {r.betas!r}")
     if r.data not in _data: raise ValueError(f"data must be one of {', '.join(_data)}, got {r.data!r}")
     if r.layer_decay is not None and not 0<r.layer_decay<=1:
         raise ValueError(f"layer_decay must be above 0 and at most 1, got {r.layer_decay!r}")
@@ -185,6 +189,15 @@ recipes |= dict(
         aug=dict(jitter=(.5,1.5), hflip=.5), layer_decay=.75, detector={}, pretrained='revmvit_base_224.fb_in1k'))
 
 # %% ../../nbs/training/30_recipes.ipynb #f327cdf0
+@contextmanager
+def _told(model):
+    "Say in a sentence that a model does not know what it is told"
+    if not timm.is_model(model): raise ValueError(f"the recipe's model {model!r} is none of timm's or ours")
+    try: yield
+    except TypeError as e:
+        if 'unexpected keyword' not in str(e): raise
+        raise ValueError(f"the recipe's model {model!r}: {e}") from e
+
 def recipe_model(
     recipe:Recipe, # Names the model
     num_classes:int, # Classes of the data
@@ -195,7 +208,8 @@ def recipe_model(
     if recipe.detector is not None: return _recipe_detector(recipe, num_classes)
     chans,*frames,height,width = recipe.image_cfg['input_size']
     args = dict(recipe.model_args, num_frames=frames[0]) if frames else recipe.model_args
-    model = timm.create_model(recipe.model, in_chans=chans, img_size=(height,width), num_classes=num_classes, **args)
+    told = dict(in_chans=chans, img_size=(height,width), num_classes=num_classes)
+    with _told(recipe.model): model = timm.create_model(recipe.model, **told, **args)
     if hasattr(model, 'set_reversible'): return model
     raise ValueError(f"the recipe's model {recipe.model!r} is not reversible: revvit.reversible rewires timm's models "
                      "in Python, the commands train ours (revvit_train --list-recipes)")
@@ -206,7 +220,7 @@ def _recipe_detector(r, num_classes):
     (chans,*size),cfg = r.image_cfg['input_size'],r.image_cfg
     args = dict(in_chans=chans, img_size=tuple(size)) | r.model_args
     given = dict(min_size=min(size), max_size=max(size), image_mean=list(cfg['mean']), image_std=list(cfg['std']))
-    return detector(r.model, num_classes, backbone_args=args, **{**given, **r.detector})
+    with _told(r.model): return detector(r.model, num_classes, backbone_args=args, **{**given, **r.detector})
 
 # %% ../../nbs/training/30_recipes.ipynb #dd140cbd
 def recipe_dls(
