@@ -394,3 +394,12 @@ def test_training_goes_down():
         opt.step(); opt.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < .5*losses[0]
+
+@pytest.mark.parametrize('new', [nn.Linear, None], ids=['linear','block'])
+def test_what_was_not_rewired_among_what_was(new):
+    "A layer, or a block of timm's own"
+    m,x = make('vit_tiny_patch16_224', 3),images(2).float()
+    block = nn.Linear(8, 8) if new else make('vit_tiny_patch16_224', 1).blocks[0]
+    m = revvit.reversible(m)
+    m.blocks[1] = block
+    with pytest.raises(TypeError, match=r'block 1 is of type (Linear|Block) and was not rewired: change the'): m(x)

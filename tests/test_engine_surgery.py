@@ -651,3 +651,42 @@ def test_batch_statistics_in_a_transition_is_refused():
     m,xs = CASES['clip5']()
     m.transitions[0].g.norm = nn.BatchNorm1d(4).double()
     with pytest.raises(ValueError, match='tail.* holds BatchNorm1d.*state changes'): m(*xs)
+
+# --- what comes in the place of a block, or out of one
+
+ONE_STREAM = dict(first=lambda block, xs, ys: ys[0], second=lambda block, xs, ys: ys[1],
+                  four=lambda block, xs, ys: (*ys, *ys), halved=lambda block, xs, ys: (ys[0][:1], ys[1][:1]))
+
+@pytest.mark.parametrize('how', ['training','stored','eval'])
+@pytest.mark.parametrize('hook', ONE_STREAM)
+@pytest.mark.parametrize('at', [0,-1])
+@pytest.mark.parametrize('kind', ['sequence3','vit3','clip5'])
+def test_a_hook_that_returns_no_pair(kind, at, hook, how):
+    "Two images were taken for two streams, behind the last block without a word"
+    m,xs = CASES[kind](b=2)
+    blocks = m if kind=='sequence3' else m.blocks if kind=='vit3' else m.stages[-1]
+    list(blocks)[at].register_forward_hook(ONE_STREAM[hook])
+    m.train(how!='eval').set_reversible(how!='stored')
+    with torch.set_grad_enabled(how!='eval'), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        with pytest.raises(ValueError, match=r'block \d+ gave .*, wanted both streams, each .*get and return the pair'):
+            m(*xs)
+
+@pytest.mark.parametrize('how', ['training','stored'])
+@pytest.mark.parametrize('new', [nn.Identity, lambda: nn.Linear(8,8)], ids=['identity','linear'])
+def test_no_block_in_the_place_of_one(new, how):
+    m,xs = CASES['sequence3']()
+    m[1] = new()
+    m.set_reversible(how=='training')
+    with pytest.raises(TypeError, match=r'block 1 is of type (Identity|Linear) and takes no two streams: '): m(*xs)
+
+@pytest.mark.parametrize('kind', [nn.Sequential, nn.ModuleList])
+def test_a_list_of_blocks_is_no_sequence(kind):
+    "As people shorten other networks"
+    def wrapped(blocks): return nn.Sequential(*blocks) if kind is nn.Sequential else nn.ModuleList(blocks)
+    m,xs = CASES['vit3']()
+    m.blocks = wrapped(list(m.blocks)[:1])
+    with pytest.raises(TypeError, match=rf'blocks is of type {kind.__name__}, and .*model.blocks\[:6\] is one'): m(*xs)
+    m,xs = CASES['clip5']()
+    m.stages[1] = wrapped(list(m.stages[1])[:1])
+    with pytest.raises(TypeError, match=rf'stages\[1\] is of type {kind.__name__}, .*model.stages\[1\]\[:6\]'): m(*xs)

@@ -129,6 +129,9 @@ class Pass:
 
     def step(self, i, x, args, kwargs):
         "Note block `i`, and run what was noted if somebody will look at the result"
+        if not hasattr(self.blocks[i], 'f_takes'):
+            raise TypeError(f"block {i} is of type {type(self.blocks[i]).__name__} and was not rewired: change the "
+                            "model first, then rewire it (revvit.plain gives it back)")
         if i==0: self.streams = (self.stream(x),)*2
         elif x is not self.handed: Pending(x, i-1).refuse()
         values = dict(zip(self.blocks[i].f_takes, args))|kwargs

@@ -16,7 +16,7 @@ from timm.layers import DropPath, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from ..core.block import ReversibleBlock
-from ..core.sequence import ReversibleSequence
+from ..core.sequence import ReversibleSequence, check_stack
 from .layers import PooledFusion, StreamFusion, mlp_half
 from .pooling import OverlapPatchEmbed, PoolingAttention, PoolingHalf, StageTransition, position_vectors
 from .zoo import ReversibleModel, build_model, constructor_args, drop_path_rates, weights_cfg
@@ -182,6 +182,7 @@ def forward_stages(self:RevMViT, x:torch.Tensor,
     "Images or clips through the stages"
     x,maps = self.tokens(x),[]
     for i,(stage,then) in enumerate(zip(self.stages, [*self.transitions, tail])):
+        check_stack(stage, f'stages[{i}]')
         if i not in take: x = stage(x, x, tail=then)
         else:
             y = stage(x, x)

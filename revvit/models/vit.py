@@ -15,7 +15,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from ..core.block import ReversibleBlock
-from ..core.sequence import ReversibleSequence
+from ..core.sequence import ReversibleSequence, check_stack
 from .layers import PatchEmbed, PooledFusion, StreamFusion, attention_half, mlp_half
 from .zoo import ReversibleModel, build_model, constructor_args, drop_path_rates, weights_cfg
 
@@ -102,6 +102,7 @@ def encode(self:RevViT, x:torch.Tensor,
     tail, # What is made of both streams at the end
 ):
     "Images through the stack and `tail`"
+    check_stack(self.blocks, 'blocks')
     t = self.tokens(x)
     return self.blocks(t, t, tail=tail)
 
