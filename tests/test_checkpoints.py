@@ -4,7 +4,8 @@ killed at any moment.
 Three families (Rev-ViT, Rev-MViT for images and for clips), every kind of file (the publishers', ours, a bare state
 dict, safetensors, Hugging Face Hub folders), and every reader (ours, and timm's with our models: a file in the
 configuration, an address, a folder)."""
-import collections, functools, io, json, os, pickle, random, resource, runpy, shutil, signal, subprocess, time, zipfile
+import collections, functools, io, json, os, pickle, random, resource, runpy, shutil, signal, subprocess, time, warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -706,3 +707,50 @@ def test_R32_a_full_disk_leaves_the_file_that_was_there(tmp_path, family):
         one_sentence(error, path)
         assert path.read_bytes() == was and [o.name for o in tmp_path.iterdir()] == ['last.pth']
     assert load_model(path).num_classes == 10
+
+# --- models that are not what they say of themselves
+
+def shortened(m):
+    if hasattr(m, 'blocks'): m.blocks = m.blocks[:2]
+    else: m.stages[-1] = m.stages[-1][:1]
+
+def other_head(m): m.head = torch.nn.Sequential(torch.nn.Linear(m.num_features, 4), torch.nn.Linear(4, 10))
+def adapted(m): m.patch_embed.down = torch.nn.Linear(2, 2)
+def smaller(m): m.head = torch.nn.Linear(m.num_features, 3)
+
+@pytest.mark.parametrize('change', [shortened, other_head, adapted, smaller], ids=lambda o: o.__name__)
+@both
+def test_a_changed_model_is_written_with_a_warning(tmp_path, family, change):
+    "Its file could be written, and the loss was found when it was read; the numbers are there"
+    m = build(family)
+    change(m)
+    with pytest.warns(UserWarning, match=r'was changed after it was built, \d+ tensors: .*load_model cannot build it'):
+        path = save_checkpoint(m, tmp_path/'m.pth')
+    with pytest.raises(CheckpointError, match='does not fit'): load_model(path)
+    twin = build(family)
+    change(twin)
+    twin.load_state_dict(read_checkpoint(path)['state_dict'])
+    assert all(torch.equal(a, b) for a,b in zip(m.state_dict().values(), twin.state_dict().values(), strict=True))
+
+def other_classes(m): m.reset_classifier(3)
+def other_size(m): m.set_input_size(img_size=64)
+def pruned(m): m.prune_intermediate_layers([0])
+def untouched(m): pass
+
+@pytest.mark.parametrize('change', [other_classes, other_size, pruned, untouched], ids=lambda o: o.__name__)
+@both
+def test_what_a_model_knows_of_its_changes_is_no_warning(tmp_path, family, change):
+    m = build(family)
+    if change is pruned and family != 'vit': pytest.skip('the classifier stays that of the last stage')
+    change(m)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        back = load_model(save_checkpoint(m, tmp_path/'m.pth'))
+    assert all(torch.equal(a, b) for a,b in zip(m.state_dict().values(), back.state_dict().values(), strict=True))
+
+@both
+def test_a_compiled_model_is_written_as_the_model(tmp_path, family):
+    "The wrapper answers for what it wraps, and a file of an OptimizedModule was one that nobody could read"
+    m = build(family)
+    back = load_model(save_checkpoint(torch.compile(m), tmp_path/'m.pth'))
+    assert type(back) is type(m) and all(torch.equal(a, b) for a,b in zip(m.parameters(), back.parameters()))
