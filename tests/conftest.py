@@ -41,6 +41,13 @@ def strict():
     yield
     set_self_check(was)
 
+@pytest.fixture(scope='session', autouse=True)
+def one_backward_pass():
+    """The first one in a process starts a thread for each device that PyTorch knows of. In version 2.15 a fake tensor
+    makes it know eight; a first pass after that, and no process that is forked later can go backwards"""
+    import torch
+    torch.ones(1, requires_grad=True).sum().backward()
+
 @pytest.fixture(scope='module', autouse=True)
 def quick_collections():
     """Half a million objects of the imports stay as long as the process: looking through them again at each
